@@ -1,0 +1,1 @@
+"""What crosses the wire: the contract, its generated code, tensor layout and framing."""

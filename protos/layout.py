@@ -1,0 +1,222 @@
+"""Where each tensor lies in the one flat buffer that crosses the wire.
+
+The layout is names, roles, shapes, dtypes and byte offsets, in the order of
+the user's tree: parameters first, so that a gradient's buffer is a prefix of
+the weights' buffer. It never holds the tree itself, which may hold functions.
+Two sides whose fingerprints are equal mean the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from headwater.protos import parameter_server_pb2 as pb
+
+ALIGNMENT = 64
+"""Bytes; a cache line, and what XLA wants to use a buffer without copying it."""
+
+DTYPES: Mapping[str, np.dtype] = {
+    np.dtype(kind).name: np.dtype(kind)
+    for kind in (
+        np.float16,
+        np.float32,
+        np.float64,
+        np.complex64,
+        np.complex128,
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e3m4,
+        ml_dtypes.float8_e4m3,
+        ml_dtypes.float8_e4m3b11fnuz,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e4m3fnuz,
+        ml_dtypes.float8_e5m2,
+        ml_dtypes.float8_e5m2fnuz,
+        ml_dtypes.float8_e8m0fnu,
+    )
+}
+"""What a parameter can be made of: JAX's floating and complex dtypes, by name."""
+
+MAX_DIMENSIONS = 64
+_MAX_BYTES = 1 << 50  # far past any machine, small enough that no sum overflows
+
+Bytes = npt.NDArray[np.uint8]
+Arrays = Mapping[str, np.ndarray]
+
+PARAMETER = pb.ROLE_PARAMETER
+
+
+class LayoutError(ValueError):
+    """The tensors make no layout; names the tensor and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: what it is and where it lies (`offset` in bytes)."""
+
+    name: str
+    role: pb.Role
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    def describe(self) -> str:
+        """For people: `float32[784,64]`."""
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The tensors of a model in buffer order. Build it with `of` or `from_proto`."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
+        """Lay out parameters given as (name, dtype, shape), in the order given.
+
+        Raises:
+          LayoutError: A name is empty or used twice, a dtype cannot be served,
+            or there is no tensor at all.
+        """
+        specs: list[TensorSpec] = []
+        end = 0
+        for name, dtype, shape in tensors:
+            offset = _aligned(end)
+            specs.append(TensorSpec(name, PARAMETER, np.dtype(dtype), tuple(shape), offset))
+            end = specs[-1].end
+        return cls(_checked(specs))
+
+    @classmethod
+    def from_proto(cls, message: pb.Layout) -> Layout:
+        """Read a peer's layout, trusting nothing in it.
+
+        Raises:
+          LayoutError: As `of`; also a role, offset or shape that breaks the
+            rules of the .proto.
+        """
+        specs = [
+            TensorSpec(t.name, t.role, _dtype(t.name, t.dtype), tuple(t.shape), t.offset)
+            for t in message.tensors
+        ]
+        return cls(_checked(specs))
+
+    def to_proto(self) -> pb.Layout:
+        return pb.Layout(
+            tensors=[
+                pb.Tensor(
+                    name=t.name, role=t.role, dtype=t.dtype.name, shape=t.shape, offset=t.offset
+                )
+                for t in self.tensors
+            ]
+        )
+
+    @functools.cached_property
+    def total_bytes(self) -> int:
+        """Size of the flat buffer, in bytes."""
+        return self.tensors[-1].end
+
+    @functools.cached_property
+    def element_count(self) -> int:
+        return sum(math.prod(t.shape) for t in self.tensors)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of every name, role, dtype, shape and offset, in hexadecimal."""
+        return hashlib.sha256(self.to_proto().SerializeToString(deterministic=True)).hexdigest()
+
+    def empty(self) -> Bytes:
+        """A zeroed, aligned buffer of `total_bytes`; the gaps between tensors stay zero."""
+        raw = np.zeros(self.total_bytes + ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        return raw[start : start + self.total_bytes]
+
+    def views(self, buffer: Bytes) -> dict[str, np.ndarray]:
+        """The tensors inside `buffer`, by name, without a copy."""
+        return {
+            t.name: buffer[t.offset : t.end].view(t.dtype).reshape(t.shape) for t in self.tensors
+        }
+
+    def pack(self, arrays: Iterable[np.ndarray], buffer: Bytes) -> None:
+        """Copy `arrays`, in layout order, to their places in `buffer`.
+
+        Raises:
+          LayoutError: An array has another shape or dtype than its tensor.
+        """
+        for spec, array in zip(self.tensors, arrays, strict=True):
+            if array.shape != spec.shape or array.dtype != spec.dtype:
+                got = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+                raise LayoutError(f"{spec.name} is {got}, the layout says {spec.describe()}")
+            flat = np.ascontiguousarray(array).reshape(-1)
+            buffer[spec.offset : spec.end] = flat.view(np.uint8)
+
+
+def differences(ours: Layout, theirs: Layout, limit: int = 10) -> list[str]:
+    """Sentences on how two layouts differ, `limit` at most and then a count."""
+    mine = {t.name: t for t in ours.tensors}
+    other = {t.name: t for t in theirs.tensors}
+    found = [f"{n}: here {t.describe()}, there missing" for n, t in mine.items() if n not in other]
+    found += [f"{n}: here missing, there {t.describe()}" for n, t in other.items() if n not in mine]
+    for name in mine.keys() & other.keys():
+        if mine[name].describe() != other[name].describe():
+            found.append(f"{name}: here {mine[name].describe()}, there {other[name].describe()}")
+        elif mine[name].role != other[name].role:
+            here, there = (pb.Role.Name(t.role) for t in (mine[name], other[name]))
+            found.append(f"{name}: here {here}, there {there}")
+    if not found and ours.fingerprint != theirs.fingerprint:
+        found.append("the same tensors in another order")
+    found.sort()
+    rest = len(found) - limit
+    return found if rest <= 0 else [*found[:limit], f"and {rest} more"]
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _dtype(name: str, text: str) -> np.dtype:
+    if text not in DTYPES:
+        raise LayoutError(
+            f"{name!r} has dtype {text!r}; a parameter is one of {', '.join(DTYPES)}"
+        )
+    return DTYPES[text]
+
+
+def _checked(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
+    if not specs:
+        raise LayoutError("there is no tensor to train: `init` gave an empty tree")
+    seen: set[str] = set()
+    end = 0
+    for spec in specs:
+        if not spec.name:
+            raise LayoutError(f"tensor {len(seen)} has no name")
+        if spec.name in seen:
+            raise LayoutError(f"two tensors are called {spec.name!r}; names must be unique")
+        seen.add(spec.name)
+        _dtype(spec.name, spec.dtype.name)
+        if spec.role != PARAMETER:
+            raise LayoutError(f"{spec.name!r} has role {spec.role}; only parameters are served")
+        if len(spec.shape) > MAX_DIMENSIONS or spec.nbytes > _MAX_BYTES:
+            raise LayoutError(f"{spec.name!r} of shape {spec.shape} is too large for any machine")
+        if spec.offset != _aligned(end):
+            raise LayoutError(
+                f"{spec.name!r} starts at byte {spec.offset}; in its place in the order it starts "
+                f"at {_aligned(end)}"
+            )
+        end = spec.end
+    return tuple(specs)

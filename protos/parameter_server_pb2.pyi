@@ -1,0 +1,588 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    ROLE_PARAMETER: _ClassVar[Role]
+    ROLE_STATE: _ClassVar[Role]
+    ROLE_CONSTANT: _ClassVar[Role]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    PHASE_COMPILING: _ClassVar[Phase]
+    PHASE_WAITING: _ClassVar[Phase]
+    PHASE_LOADING: _ClassVar[Phase]
+    PHASE_COMPUTING: _ClassVar[Phase]
+    PHASE_SENDING: _ClassVar[Phase]
+
+class OutcomeCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[OutcomeCode]
+    OUTCOME_APPLIED: _ClassVar[OutcomeCode]
+    OUTCOME_HELD: _ClassVar[OutcomeCode]
+    OUTCOME_DUPLICATE: _ClassVar[OutcomeCode]
+    OUTCOME_STALE: _ClassVar[OutcomeCode]
+    OUTCOME_LEASE_LOST: _ClassVar[OutcomeCode]
+    OUTCOME_REJECTED: _ClassVar[OutcomeCode]
+
+class RejectedFor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REJECTED_FOR_UNSPECIFIED: _ClassVar[RejectedFor]
+    REJECTED_FOR_MALFORMED: _ClassVar[RejectedFor]
+    REJECTED_FOR_NOT_FINITE: _ClassVar[RejectedFor]
+
+class ByeReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BYE_UNSPECIFIED: _ClassVar[ByeReason]
+    BYE_FINISHED: _ClassVar[ByeReason]
+    BYE_STOPPED: _ClassVar[ByeReason]
+    BYE_EVICTED: _ClassVar[ByeReason]
+    BYE_FAILED: _ClassVar[ByeReason]
+    BYE_LEFT: _ClassVar[ByeReason]
+
+class RunState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RUN_UNSPECIFIED: _ClassVar[RunState]
+    RUN_WAITING: _ClassVar[RunState]
+    RUN_TRAINING: _ClassVar[RunState]
+    RUN_PAUSED: _ClassVar[RunState]
+    RUN_FINISHED: _ClassVar[RunState]
+    RUN_FAILED: _ClassVar[RunState]
+    RUN_STOPPING: _ClassVar[RunState]
+ROLE_UNSPECIFIED: Role
+ROLE_PARAMETER: Role
+ROLE_STATE: Role
+ROLE_CONSTANT: Role
+PHASE_UNSPECIFIED: Phase
+PHASE_COMPILING: Phase
+PHASE_WAITING: Phase
+PHASE_LOADING: Phase
+PHASE_COMPUTING: Phase
+PHASE_SENDING: Phase
+OUTCOME_UNSPECIFIED: OutcomeCode
+OUTCOME_APPLIED: OutcomeCode
+OUTCOME_HELD: OutcomeCode
+OUTCOME_DUPLICATE: OutcomeCode
+OUTCOME_STALE: OutcomeCode
+OUTCOME_LEASE_LOST: OutcomeCode
+OUTCOME_REJECTED: OutcomeCode
+REJECTED_FOR_UNSPECIFIED: RejectedFor
+REJECTED_FOR_MALFORMED: RejectedFor
+REJECTED_FOR_NOT_FINITE: RejectedFor
+BYE_UNSPECIFIED: ByeReason
+BYE_FINISHED: ByeReason
+BYE_STOPPED: ByeReason
+BYE_EVICTED: ByeReason
+BYE_FAILED: ByeReason
+BYE_LEFT: ByeReason
+RUN_UNSPECIFIED: RunState
+RUN_WAITING: RunState
+RUN_TRAINING: RunState
+RUN_PAUSED: RunState
+RUN_FINISHED: RunState
+RUN_FAILED: RunState
+RUN_STOPPING: RunState
+
+class Stamp(_message.Message):
+    __slots__ = ("incarnation", "version", "durable_version")
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    version: int
+    durable_version: int
+    def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., durable_version: _Optional[int] = ...) -> None: ...
+
+class Tensor(_message.Message):
+    __slots__ = ("name", "role", "dtype", "shape", "offset")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: Role
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    offset: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("tensors",)
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
+
+class BatchId(_message.Message):
+    __slots__ = ("epoch", "shard", "number")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    shard: int
+    number: int
+    def __init__(self, epoch: _Optional[int] = ..., shard: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("life", "number")
+    LIFE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    life: int
+    number: int
+    def __init__(self, life: _Optional[int] = ..., number: _Optional[int] = ...) -> None: ...
+
+class TaskIdentity(_message.Message):
+    __slots__ = ("name", "options", "example_count", "batch_size", "seed")
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    options: _containers.ScalarMap[str, str]
+    example_count: int
+    batch_size: int
+    seed: int
+    def __init__(self, name: _Optional[str] = ..., options: _Optional[_Mapping[str, str]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class WorkerMessage(_message.Message):
+    __slots__ = ("hello", "ready", "progress", "push", "push_part", "leave", "body")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    PUSH_PART_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    ready: Ready
+    progress: Progress
+    push: Push
+    push_part: PushPart
+    leave: Leave
+    body: bytes
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., push_part: _Optional[_Union[PushPart, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., body: _Optional[bytes] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("protocol", "instance", "attempt", "run_id", "seen_incarnation", "task", "layout", "name", "host", "pid", "platform", "devices", "software")
+    class SoftwareEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SEEN_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    PLATFORM_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    instance: int
+    attempt: int
+    run_id: str
+    seen_incarnation: int
+    task: TaskIdentity
+    layout: Layout
+    name: str
+    host: str
+    pid: int
+    platform: str
+    devices: int
+    software: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Welcome(_message.Message):
+    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_PER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SESSION_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    worker_id: int
+    name: str
+    seed: int
+    batch_size: int
+    epochs: int
+    batches_per_epoch: int
+    max_part_bytes: int
+    session_timeout_s: float
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("compile_s",)
+    COMPILE_S_FIELD_NUMBER: _ClassVar[int]
+    compile_s: float
+    def __init__(self, compile_s: _Optional[float] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("phase", "steps")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    steps: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class Push(_message.Message):
+    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    token: Token
+    base: int
+    incarnation: int
+    loss: float
+    metrics: _containers.ScalarMap[str, float]
+    compute_s: float
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ...) -> None: ...
+
+class PushPart(_message.Message):
+    __slots__ = ("token", "offset")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    token: Token
+    offset: int
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Leave(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ServerMessage(_message.Message):
+    __slots__ = ("stamp", "welcome", "outcome", "weights", "lease", "ticket", "bye", "body")
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    BYE_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    stamp: Stamp
+    welcome: Welcome
+    outcome: Outcome
+    weights: WeightsPart
+    lease: Lease
+    ticket: Ticket
+    bye: Bye
+    body: bytes
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., body: _Optional[bytes] = ...) -> None: ...
+
+class WeightsPart(_message.Message):
+    __slots__ = ("version", "offset", "total_bytes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    offset: int
+    total_bytes: int
+    def __init__(self, version: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class Batch(_message.Message):
+    __slots__ = ("id", "indices")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    id: BatchId
+    indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[_Union[BatchId, _Mapping]] = ..., indices: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Lease(_message.Message):
+    __slots__ = ("granted", "withdrawn")
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
+    granted: _containers.RepeatedCompositeFieldContainer[Batch]
+    withdrawn: _containers.RepeatedCompositeFieldContainer[BatchId]
+    def __init__(self, granted: _Optional[_Iterable[_Union[Batch, _Mapping]]] = ..., withdrawn: _Optional[_Iterable[_Union[BatchId, _Mapping]]] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("token", "batches", "base", "deadline_s")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    token: Token
+    batches: _containers.RepeatedCompositeFieldContainer[BatchId]
+    base: int
+    deadline_s: float
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., batches: _Optional[_Iterable[_Union[BatchId, _Mapping]]] = ..., base: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("token", "code", "version", "staleness", "rejected_for", "message")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FOR_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    token: Token
+    code: OutcomeCode
+    version: int
+    staleness: int
+    rejected_for: RejectedFor
+    message: str
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., code: _Optional[_Union[OutcomeCode, str]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., rejected_for: _Optional[_Union[RejectedFor, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Bye(_message.Message):
+    __slots__ = ("reason", "message")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: ByeReason
+    message: str
+    def __init__(self, reason: _Optional[_Union[ByeReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("min_version", "wait_s", "run_id", "seen_incarnation", "have_version", "evaluates")
+    MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SEEN_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EVALUATES_FIELD_NUMBER: _ClassVar[int]
+    min_version: int
+    wait_s: float
+    run_id: str
+    seen_incarnation: int
+    have_version: int
+    evaluates: bool
+    def __init__(self, min_version: _Optional[int] = ..., wait_s: _Optional[float] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., have_version: _Optional[int] = ..., evaluates: bool = ...) -> None: ...
+
+class PullReply(_message.Message):
+    __slots__ = ("stamp", "layout", "weights", "run_id", "state", "epoch", "body")
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    stamp: Stamp
+    layout: Layout
+    weights: WeightsPart
+    run_id: str
+    state: RunState
+    epoch: int
+    body: bytes
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
+
+class EvaluationReport(_message.Message):
+    __slots__ = ("incarnation", "version", "metrics", "duration_s")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    incarnation: int
+    version: int
+    metrics: _containers.ScalarMap[str, float]
+    duration_s: float
+    def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., duration_s: _Optional[float] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted")
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class TrainingMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_APPLIED_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPDATES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_OUT_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    RUN_DIR_FIELD_NUMBER: _ClassVar[int]
+    CONSISTENCY_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_METRICS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_PENDING_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_LEASED_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    stamp: Stamp
+    run_id: str
+    task: str
+    state: RunState
+    epoch: int
+    epochs: int
+    batches_applied: int
+    batches_total: int
+    loss: float
+    metrics: _containers.ScalarMap[str, float]
+    metrics_version: int
+    updates_per_second: float
+    examples_per_second: float
+    staleness: Staleness
+    rejected: Rejected
+    parameters: int
+    bytes_in: int
+    bytes_out: int
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
+    run_dir: str
+    consistency: str
+    optimizer: str
+    skipped: int
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    uptime_s: float
+    training_metrics: _containers.ScalarMap[str, float]
+    example_count: int
+    batch_size: int
+    batches_pending: int
+    batches_leased: int
+    batches_admitted: int
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ...) -> None: ...
+
+class Staleness(_message.Message):
+    __slots__ = ("mean", "p50", "p99", "max")
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    P50_FIELD_NUMBER: _ClassVar[int]
+    P99_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    mean: float
+    p50: int
+    p99: int
+    max: int
+    def __init__(self, mean: _Optional[float] = ..., p50: _Optional[int] = ..., p99: _Optional[int] = ..., max: _Optional[int] = ...) -> None: ...
+
+class Rejected(_message.Message):
+    __slots__ = ("stale", "lease_lost", "duplicate", "nonfinite", "malformed")
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LOST_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    NONFINITE_FIELD_NUMBER: _ClassVar[int]
+    MALFORMED_FIELD_NUMBER: _ClassVar[int]
+    stale: int
+    lease_lost: int
+    duplicate: int
+    nonfinite: int
+    malformed: int
+    def __init__(self, stale: _Optional[int] = ..., lease_lost: _Optional[int] = ..., duplicate: _Optional[int] = ..., nonfinite: _Optional[int] = ..., malformed: _Optional[int] = ...) -> None: ...
+
+class WorkerStatus(_message.Message):
+    __slots__ = ("id", "name", "host", "platform", "devices", "state", "gradients", "examples_per_second", "staleness_mean", "pid", "compute_s", "connected_s")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PLATFORM_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_MEAN_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_S_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    name: str
+    host: str
+    platform: str
+    devices: int
+    state: str
+    gradients: int
+    examples_per_second: float
+    staleness_mean: float
+    pid: int
+    compute_s: float
+    connected_s: float
+    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., gradients: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., staleness_mean: _Optional[float] = ..., pid: _Optional[int] = ..., compute_s: _Optional[float] = ..., connected_s: _Optional[float] = ...) -> None: ...
+
+class PauseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResumeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("worker",)
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    def __init__(self, worker: _Optional[str] = ...) -> None: ...
+
+class StopRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SteerReply(_message.Message):
+    __slots__ = ("stamp", "message")
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    stamp: Stamp
+    message: str
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., message: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,109 @@
+"""The service's methods and gRPC's settings, for both sides, in one place.
+
+`Stub` works over a plain channel and over one of grpc.aio. The two streams
+that carry tensors pass raw bytes, which `wire` frames; everything else is
+serialised by protobuf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+
+from headwater.protos import parameter_server_pb2 as pb
+
+PROTOCOL = 1
+"""Of the .proto; a peer with another number is refused."""
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
+_RAW = {pb.WorkerMessage.DESCRIPTOR.full_name, pb.ServerMessage.DESCRIPTOR.full_name,
+        pb.PullReply.DESCRIPTOR.full_name}  # fmt: skip
+
+KEEPALIVE_S = 10.0
+"""Seconds between pings, and for the answer to one, on both sides."""
+
+_MAX_MESSAGE_BYTES = 4 << 20
+
+_COMMON = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit
+    ("grpc.enable_retries", 0),  # a retried push would not be exactly-once
+]
+
+SERVER_OPTIONS = [
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail
+    # Half the workers' ping interval, or their pings would end the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", int(KEEPALIVE_S * 500)),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+
+CHANNEL_OPTIONS = [
+    *_COMMON,
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # Its own connection for each channel: closing one must not cut another.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Stub:
+    """The service's methods over a channel, by their names in the .proto."""
+
+    def __init__(self, channel: Any) -> None:
+        for method in _SERVICE.methods:
+            call = getattr(channel, _arity(method))(
+                f"/{_SERVICE.full_name}/{method.name}",
+                request_serializer=_serializer(method.input_type),
+                response_deserializer=_deserializer(method.output_type),
+            )
+            setattr(self, method.name, call)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the service has no method {name!r}")
+
+
+def connect(address: str) -> grpc.Channel:
+    """A plain-text channel to `address` (host:port) with the settings above."""
+    return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+def handlers(implementation: object) -> grpc.GenericRpcHandler:
+    """Serve the .proto's methods by the methods of `implementation` of the same names."""
+    table = {}
+    for method in _SERVICE.methods:
+        kind: Callable[..., Any] = getattr(grpc, f"{_arity(method)}_rpc_method_handler")
+        table[method.name] = kind(
+            getattr(implementation, method.name),
+            request_deserializer=_deserializer(method.input_type),
+            response_serializer=_serializer(method.output_type),
+        )
+    return grpc.method_handlers_generic_handler(_SERVICE.full_name, table)
+
+
+def _arity(method: Any) -> str:
+    many = {False: "unary", True: "stream"}
+    return f"{many[method.client_streaming]}_{many[method.server_streaming]}"
+
+
+def _serializer(kind: Any) -> Callable[[Any], bytes] | None:
+    if kind.full_name in _RAW:
+        return None
+    return lambda message: message.SerializeToString()  # type: ignore[no-any-return]
+
+
+def _deserializer(kind: Any) -> Callable[[bytes], Any] | None:
+    if kind.full_name in _RAW:
+        return None
+    return message_factory.GetMessageClass(kind).FromString

@@ -1,0 +1,111 @@
+"""How a server behaves: one frozen object, checked once, at the edge."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from headwater.protos.errors import UsageError
+from headwater.protos.rpc import DEFAULT_ADDRESS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """See `headwater server --help` for the same list. None keeps the task's own value.
+
+    Raises:
+      UsageError: A value cannot work; names the flag.
+    """
+
+    listen: str = DEFAULT_ADDRESS
+    """HOST:PORT; port 0 takes a free one."""
+
+    insecure: bool = False
+    """Allow other machines to connect in clear text, and anyone who can reach the port."""
+
+    run_dir: Path | None = None
+    """Where the run is kept; by default runs/<task>-<run id>."""
+
+    consistency: str = "async"
+    """Only async so far."""
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    optimizer: str | None = None
+    """A SPEC; see optimizer_spec.py."""
+
+    seed: int | None = None
+
+    exit_when_done: bool = False
+    """End the process when the run is finished, rather than go on serving its weights."""
+
+    on_nonfinite: Literal["end", "skip"] = "end"
+    """What becomes of a batch whose gradient nobody can compute: end the run, or leave it out."""
+
+    max_staged_bytes: int = 4 << 30
+    """Bytes of gradients that may be on their way into the weights at once; room
+    for one is always made. It bounds how many workers hold a ticket."""
+
+    session_timeout_s: float = 15.0
+    """Seconds of silence before a worker is forgotten. Workers speak every 2 s."""
+
+    ticket_timeout_s: float = 60.0
+    """Seconds without progress before a ticket is taken back; or ten times the
+    worker's own slowest step, if that is longer."""
+
+    compile_timeout_s: float = 1800.0
+    """Seconds a worker may compile before its first ticket."""
+
+    evaluation_timeout_s: float = 60.0
+    """Seconds that a finished server waits for a promised evaluation before it exits."""
+
+    def __post_init__(self) -> None:
+        host, port = split_address(self.listen, "--listen")
+        if not is_loopback(host) and not self.insecure:
+            raise UsageError(
+                f"--listen {self.listen} lets other machines in, without encryption or "
+                "passwords; add --insecure if you trust everyone on that network, or listen on "
+                f"127.0.0.1:{port}"
+            )
+        if self.consistency != "async":
+            raise UsageError(
+                f"--consistency {self.consistency} is not available yet; this version trains "
+                "with --consistency async only"
+            )
+        for flag, value in (("epochs", self.epochs), ("batch-size", self.batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{flag} {value} must be at least 1")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UsageError(f"--seed {self.seed} must be in 0 … 4294967295")
+        if self.max_staged_bytes < 1:
+            raise UsageError(f"--max-staged-bytes {self.max_staged_bytes} must be at least 1")
+        for flag, seconds in (
+            ("session-timeout", self.session_timeout_s),
+            ("ticket-timeout", self.ticket_timeout_s),
+        ):
+            if seconds <= 0:
+                raise UsageError(f"--{flag} {seconds} must be more than 0 seconds")
+
+
+def split_address(address: str, flag: str) -> tuple[str, int]:
+    """HOST:PORT as its two parts; IPv6 hosts stand in brackets.
+
+    Raises:
+      UsageError: It has no port, or one out of range; names `flag`.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{flag} takes HOST:PORT such as 127.0.0.1:50051, not {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes on this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

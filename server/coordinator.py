@@ -1,0 +1,564 @@
+"""The run's middle: events of workers in, tickets and outcomes out.
+
+Lives on the event loop, alone touches leases and tickets, and never waits. The
+state machines decide (ledger, admission, refusals, roster); the applier thread
+does the arithmetic; sessions do the talking; the ending is in ending.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import Reason, Refused
+from headwater.protos.layout import Bytes, Layout
+from headwater.protos.wire import PART_BYTES
+from headwater.server.admission import Admission, Grant, Ticket
+from headwater.server.applier import Applier, Job, Result
+from headwater.server.config import ServerConfig
+from headwater.server.evaluations import Evaluations
+from headwater.server.identity import RunIdentity
+from headwater.server.ledger import Ledger
+from headwater.server.metrics import Histogram, Rate, RunningMeans
+from headwater.server.order import BatchId, BatchOrder
+from headwater.server.refusals import Refusals, Verdict
+from headwater.server.roster import Member, Roster
+from headwater.server.session import Session
+from headwater.server.staging import Staging
+from headwater.server.store import NotFinite, Published, Store
+
+log = logging.getLogger("headwater.server")
+
+
+class Coordinator:
+    """One run, while it is served. Every method is called on the event loop.
+
+    Args:
+      on_done: Called once, with an error's text or None, when no more updates
+        will come: the last batch was applied, or the run failed.
+      clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        order: BatchOrder,
+        identity: RunIdentity,
+        config: ServerConfig,
+        on_done: Callable[[str | None], None],
+        *,
+        run_dir: str,
+        optimizer_text: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.current: Published = store.current
+        self.order = order
+        self.identity = identity
+        self.config = config
+        self.layout: Layout = store.layout
+        self.staging = Staging(self.layout, config.max_staged_bytes)
+        self.roster = Roster()
+        self.refusals = Refusals()
+        self.ledger = Ledger(order.total, order.per_epoch, store.current.applied)
+        self.admission = Admission(self.ledger, self.staging.slots, self._avoided_by)
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.durable_version = 0
+        self.state_override: pb.RunState | None = None
+        """What the ending says of the run; None while it goes on."""
+        self.means = RunningMeans()
+        self.staleness = Histogram()
+        self.updates = Rate()
+        self.examples = Rate()
+        self.lease_lost_count = 0
+        self.malformed_count = 0
+        self.evaluations = Evaluations()
+        self.problems: list[str] = []
+        """What needs the user's attention, in sentences."""
+        self.run_dir = run_dir
+        self.optimizer_text = optimizer_text
+        self.clock = clock
+        self.began_time = clock()
+
+        self._on_done = on_done
+        self._is_done = False
+        self._sessions: dict[int, Session] = {}
+        self._life = secrets.randbits(64)
+        self._pushes: dict[int, tuple[Member, pb.Push]] = {}  # admitted, by ticket number
+        self._buffers: dict[int, Bytes] = {}  # their gradients, until applied or left out
+        self._version_waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._idle_waiters: list[asyncio.Future[None]] = []
+        self._paused_time: float | None = None
+        loop = asyncio.get_running_loop()
+        self.applier = Applier(
+            store, lambda job, result: loop.call_soon_threadsafe(self._applied, job, result)
+        )
+
+    # ----------------------------------------------------- workers come and go
+
+    def join(self, session: Session, hello: pb.Hello) -> Member:
+        """Check a hello, take the worker in, and welcome it.
+
+        Raises:
+          Refused: Its protocol, task, layout or run is another; or it may not come back.
+        """
+        warnings = self.identity.check(hello, self.current.incarnation)
+        member, old = self.roster.join(hello, self.clock())
+        if old is not None:
+            self._forget(old)
+            self._sessions.pop(old.id).end(Reason.FENCED, "a newer stream of this worker took over")
+        self._sessions[member.id] = session
+        for warning in warnings:
+            log.warning("%s: %s", member.name, warning)
+        if self.state_override is not None:
+            self._bye_now(member)
+            return member
+        session.send(
+            self._message(
+                welcome=pb.Welcome(
+                    run_id=self.identity.run_id,
+                    worker_id=member.id,
+                    name=member.name,
+                    seed=self.order.seed,
+                    batch_size=self.order.batch_size,
+                    epochs=self.order.epochs,
+                    batches_per_epoch=self.order.per_epoch,
+                    max_part_bytes=PART_BYTES,
+                    session_timeout_s=self.config.session_timeout_s,
+                    warnings=warnings,
+                )
+            )
+        )
+        log.info("%s joined (%s)", member.name, member.hello.platform)
+        return member
+
+    def ready(self, member: Member) -> None:
+        """The worker has compiled and wants its first ticket."""
+        member.ready = True
+        member.phase = "waiting"
+        self._request(member)
+        self._pump()
+
+    def heard(self, member: Member) -> None:
+        """Any message or part renews the session."""
+        member.heard_time = self.clock()
+
+    def progress(self, member: Member, progress: pb.Progress) -> None:
+        """Renew the tickets of a worker that moved on."""
+        member.set_phase(progress.phase)
+        if progress.steps != member.steps:
+            member.steps = progress.steps
+            self.admission.progress(member.id, self.clock())
+
+    def lost(self, member: Member) -> None:
+        """The worker's stream has ended: what it had not finished goes back."""
+        self._sessions.pop(member.id, None)
+        if self.roster.leave(member):
+            self._forget(member)
+            log.info("%s left", member.name)
+
+    def evict(self, who: str) -> str:
+        """Take a worker out and bar it; returns its name.
+
+        Raises:
+          Refused: UNKNOWN_WORKER.
+        """
+        member = self.roster.evict(who)
+        self.say_bye(member, pb.BYE_EVICTED, "this worker was evicted")
+        return member.name
+
+    def say_bye(self, member: Member, reason: pb.ByeReason, message: str) -> None:
+        """Take back what the worker has and let its stream end in order."""
+        self._forget(member)
+        member.ready = False
+        if session := self._sessions.get(member.id):
+            session.send(self._message(bye=pb.Bye(reason=reason, message=message)))
+
+    def _forget(self, member: Member) -> None:
+        self.admission.lost(member.id)
+        self.refusals.forget(member.id)
+        self._pump()
+
+    # ------------------------------------------------------------------ pushes
+
+    def admit(self, member: Member, push: pb.Push) -> Ticket | None:
+        """The ticket of a push that begins; None when it was answered with a refusal."""
+        ticket = self._ticket(member, push.token)
+        if ticket is None or push.incarnation != self.current.incarnation:
+            self._lease_lost(member, push.token)
+            return None
+        if push.base != ticket.base:
+            self.reject_malformed(
+                member, ticket, push.token,
+                f"the push's base is version {push.base}, its ticket's is {ticket.base}",
+            )  # fmt: skip
+            return None
+        return ticket
+
+    def still_wanted(self, member: Member, ticket: Ticket, token: pb.Token) -> bool:
+        """Whether a push under way still has its ticket; answers it otherwise."""
+        if self.admission.outstanding(ticket.number) == ticket:
+            self.admission.progress(member.id, self.clock())
+            return True
+        self._lease_lost(member, token)
+        return False
+
+    def received(self, member: Member, ticket: Ticket, push: pb.Push, buffer: Bytes) -> None:
+        """The whole gradient is here: from now on it outlives its worker."""
+        member.step_s.append(self.clock() - member.granted_time)
+        member.compute_s.append(push.compute_s)
+        member.phase = "waiting"
+        member.hung = False
+        self.admission.hold(ticket.number)
+        self._pushes[ticket.number] = member, push
+        self._buffers[ticket.number] = buffer
+        self._pump()
+
+    def reject_malformed(
+        self, member: Member, ticket: Ticket, token: pb.Token, message: str
+    ) -> None:
+        """Refuse a push that breaks the protocol; its batch goes back."""
+        self.malformed_count += 1
+        self.admission.refuse(ticket)
+        log.warning("%s: push rejected: %s", member.name, message)
+        self._answer(
+            member,
+            pb.Outcome(
+                token=token,
+                code=pb.OUTCOME_REJECTED,
+                rejected_for=pb.REJECTED_FOR_MALFORMED,
+                message=message,
+            ),
+        )
+        self._pump()
+
+    def check_size(self, size: int, limit: int) -> None:
+        """Bound what is thrown away, too."""
+        if size > limit:
+            raise Refused(Reason.MALFORMED, f"a part has {size} bytes; at most {limit} are taken")
+
+    def _lease_lost(self, member: Member, token: pb.Token) -> None:
+        self.lease_lost_count += 1
+        member.hung = False
+        self._answer(
+            member,
+            pb.Outcome(
+                token=token,
+                code=pb.OUTCOME_LEASE_LOST,
+                message="this ticket is not, or no longer, yours; nothing was changed",
+            ),
+        )
+        self._pump()
+
+    def _ticket(self, member: Member, token: pb.Token) -> Ticket | None:
+        if token.life != self._life:
+            return None
+        ticket = self.admission.outstanding(token.number)
+        return ticket if ticket and ticket.worker == member.id else None
+
+    # ---------------------------------------------------------------- applying
+
+    def _pump(self) -> None:
+        """Apply what is held and grant what can be granted."""
+        if self._is_done:
+            return
+        while (ticket := self.admission.next_to_apply()) is not None:
+            _, push = self._pushes[ticket.number]
+            self.applier.submit(Job(ticket, self._buffers[ticket.number], push.loss))
+        for grant in self.admission.grants(self.current.version, self.clock()):
+            self._send_grant(grant)
+
+    def _applied(self, job: Job, result: Result) -> None:
+        """What became of a job; the applier's answer, on the loop."""
+        ticket = job.ticket
+        member, push = self._pushes.pop(ticket.number)
+        if job.gradient is not None:
+            self.staging.give_back(self._buffers.pop(ticket.number))
+        if isinstance(result, NotFinite):
+            self._refused(member, push, ticket, result)
+        elif isinstance(result, Exception):
+            log.error("the update failed", exc_info=result)
+            self._finish(f"the update of version {self.current.version + 1} failed: {result}")
+            return
+        else:
+            self.current = result
+            self.admission.settle(ticket, result.applied)
+            if job.gradient is None:
+                self.refusals.left_out(ticket.position)
+            else:
+                self._count_update(member, push, ticket, result)
+        self._wake_waiters()
+        if self.ledger.done:
+            self._finish(None)
+        self._pump()
+
+    def _count_update(
+        self, member: Member, push: pb.Push, ticket: Ticket, result: Published
+    ) -> None:
+        now = self.clock()
+        staleness = result.version - 1 - ticket.base
+        size = self.order.size(ticket.position)
+        self.refusals.accepted(member.id, ticket.position)
+        self.staleness.add(staleness)
+        self.updates.add(1, now)
+        self.examples.add(size, now)
+        self.means.add({"loss": push.loss, **_bounded(push)})
+        member.gradients += 1
+        member.staleness.add(staleness)
+        member.examples.add(size, now)
+        self._answer(
+            member,
+            pb.Outcome(
+                token=push.token,
+                code=pb.OUTCOME_APPLIED,
+                version=result.version,
+                staleness=staleness,
+            ),
+        )
+
+    def _refused(self, member: Member, push: pb.Push, ticket: Ticket, why: NotFinite) -> None:
+        batch = self.order.id(ticket.position)
+        verdict = self.refusals.refused(member.id, ticket.position, self._able())
+        text = f"the gradient of {batch} is not finite: {why}"
+        log.warning("%s: %s; %s", member.name, text, verdict.value)
+        if verdict is Verdict.CONDEMN and self.config.on_nonfinite == "skip":
+            # Still being applied, as far as admission knows: as a batch left out.
+            self._pushes[ticket.number] = member, push
+            self.applier.submit(Job(ticket, None, push.loss))
+        else:
+            self.admission.refuse(ticket)
+        if verdict is Verdict.QUARANTINE:
+            self.ledger.release(member.id)
+        self._answer(
+            member,
+            pb.Outcome(
+                token=push.token,
+                code=pb.OUTCOME_REJECTED,
+                rejected_for=pb.REJECTED_FOR_NOT_FINITE,
+                message=text,
+            ),
+        )
+        if verdict is Verdict.CONDEMN and self.config.on_nonfinite == "end":
+            self._finish(
+                f"nobody could compute a finite gradient: {text}. Lower the learning rate, or look "
+                "at that batch; --on-nonfinite skip leaves such batches out"
+            )
+        elif verdict is Verdict.QUARANTINE and not self._able():
+            self._finish(
+                f"every worker computed gradients that are not finite, {member.name} last: {text}. "
+                "The weights have probably diverged: lower the learning rate"
+            )
+
+    def _finish(self, error: str | None) -> None:
+        if not self._is_done:
+            self._is_done = True
+            self._on_done(error)
+
+    # ----------------------------------------------------------------- tickets
+
+    def _request(self, member: Member) -> None:
+        if (
+            member.ready
+            and member.id in self.roster.members
+            and member.id not in self.refusals.quarantined
+            and not self.admission.tickets_of(member.id)
+        ):
+            self.admission.request(member.id, member.deadline_s(self.config.ticket_timeout_s))
+
+    def _answer(self, member: Member, outcome: pb.Outcome) -> None:
+        """Send an outcome, with the next ticket in the same message where there is one."""
+        session = self._sessions.get(member.id)
+        if session is None:
+            return
+        self._request(member)
+        message = self._message(outcome=outcome)
+        if self._is_done or self.ledger.done:
+            session.send(message)
+            return
+        sent = False
+        for grant in self.admission.grants(self.current.version, self.clock()):
+            if grant.ticket.worker == member.id:
+                self._send_grant(grant, message)
+                sent = True
+            else:
+                self._send_grant(grant)
+        if not sent:
+            session.send(message)
+
+    def _send_grant(self, grant: Grant, message: pb.ServerMessage | None = None) -> None:
+        ticket = grant.ticket
+        member = self.roster.members[ticket.worker]
+        message = message or self._message()
+        for position in grant.leased:
+            batch = message.lease.granted.add(indices=self.order.indices(position).tolist())
+            batch.id.CopyFrom(_id(self.order.id(position)))
+        if grant.withdrawn_from is not None:
+            self._withdraw(self.roster.members[grant.withdrawn_from], [ticket.position])
+        message.ticket.CopyFrom(
+            pb.Ticket(
+                token=pb.Token(life=self._life, number=ticket.number),
+                batches=[_id(self.order.id(ticket.position))],
+                base=ticket.base,
+                deadline_s=member.deadline_s(self.config.ticket_timeout_s),
+            )
+        )
+        member.granted_time = self.clock()
+        weights = self.current if member.has_version != ticket.base else None
+        member.has_version = ticket.base
+        self._sessions[member.id].send(message, weights)
+
+    def _withdraw(self, member: Member, positions: Sequence[int]) -> None:
+        """Tell a worker that batches are no longer reserved for it."""
+        withdrawn = [_id(self.order.id(position)) for position in positions]
+        if withdrawn and (session := self._sessions.get(member.id)):
+            session.send(self._message(lease=pb.Lease(withdrawn=withdrawn)))
+
+    def _able(self) -> set[int]:
+        """Workers that a batch could be given to."""
+        members = self.roster.members.values()
+        return {m.id for m in members if not m.hung and m.id not in self.refusals.quarantined}
+
+    def _avoided_by(self, worker: int) -> set[int]:
+        return self.refusals.avoided_by(worker, self._able())
+
+    # -------------------------------------------------------------------- time
+
+    def tick(self) -> None:
+        """Find the silent, the hung and the endless compilers. Called several times a second."""
+        now = self.clock()
+        for member in self.roster.silent(now, self.config.session_timeout_s):
+            self._cut(member, Reason.SILENT, f"not heard of for {now - member.heard_time:.0f} s")
+        for member in list(self.roster.members.values()):
+            if not member.ready and now - member.joined_time > self.config.compile_timeout_s:
+                limit = self.config.compile_timeout_s
+                self._cut(member, Reason.COMPILE_TIMEOUT, f"not ready after {limit:.0f} s")
+        for ticket, released in self.admission.expire(now):
+            member = self.roster.members[ticket.worker]
+            member.hung = True
+            self._withdraw(member, released)
+            log.warning(
+                "%s: no progress on %s; taken back", member.name, self.order.id(ticket.position)
+            )
+        self._pump()
+
+    def shift(self, seconds: float) -> None:
+        """The server itself stood still for so long: move every deadline."""
+        self.admission.shift(seconds)
+        self.roster.shift(seconds)
+
+    def _cut(self, member: Member, reason: Reason, message: str) -> None:
+        log.warning("%s: %s", member.name, message)
+        if session := self._sessions.get(member.id):
+            session.end(reason, message)
+        self.lost(member)
+
+    # ---------------------------------------------------------------- steering
+
+    async def pause(self) -> None:
+        """Returns when nothing is being applied any more."""
+        if not self.admission.paused:
+            self.admission.paused = True
+            self._paused_time = self.clock()
+        while self.admission.applying_count:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    def resume(self) -> None:
+        """Undo pause; deadlines go on from where they stood."""
+        if self.admission.paused and self._paused_time is not None:
+            self.admission.paused = False
+            self.admission.shift(self.clock() - self._paused_time)
+            self._paused_time = None
+            self._pump()
+
+    def stop_training(self) -> None:
+        """No more tickets or updates; what the applier has begun is finished."""
+        self._is_done = True
+
+    def bye_to_all(self) -> None:
+        for member in list(self.roster.members.values()):
+            self._bye_now(member)
+
+    def _bye_now(self, member: Member) -> None:
+        reasons = {pb.RUN_FINISHED: pb.BYE_FINISHED, pb.RUN_FAILED: pb.BYE_FAILED}
+        state = self.state_override or pb.RUN_STOPPING
+        text = self.problems[-1] if state == pb.RUN_FAILED else ""
+        self.say_bye(member, reasons.get(state, pb.BYE_STOPPED), text)
+
+    # ----------------------------------------------------------------- reading
+
+    async def wait_for_version(self, version: int, timeout_s: float) -> None:
+        """Returns when the version is there, the run is over, or the time has passed."""
+        if self.current.version >= version or self.state_override is not None:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._version_waiters.append((version, waiter))
+        await asyncio.wait({waiter}, timeout=timeout_s)
+        waiter.cancel()
+
+    def end_waits(self) -> None:
+        """The run is over: nobody waits for a version that will not come."""
+        for _, waiter in self._version_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._version_waiters.clear()
+
+    def _wake_waiters(self) -> None:
+        if not self.admission.applying_count:
+            for idle in self._idle_waiters:
+                if not idle.done():
+                    idle.set_result(None)
+            self._idle_waiters.clear()
+        if self._version_waiters:
+            kept = []
+            for version, waiter in self._version_waiters:
+                if waiter.done():
+                    continue
+                if version <= self.current.version:
+                    waiter.set_result(None)
+                else:
+                    kept.append((version, waiter))
+            self._version_waiters = kept
+
+    @property
+    def state(self) -> pb.RunState:
+        """What status calls the run's state."""
+        if self.state_override is not None:
+            return self.state_override
+        if self.admission.paused:
+            return pb.RUN_PAUSED
+        if self.roster.members and self.updates.per_second(self.clock()) > 0:
+            return pb.RUN_TRAINING
+        return pb.RUN_WAITING
+
+    def stamp(self) -> pb.Stamp:
+        return pb.Stamp(
+            incarnation=self.current.incarnation,
+            version=self.current.version,
+            durable_version=self.durable_version,
+        )
+
+    def _message(
+        self,
+        welcome: pb.Welcome | None = None,
+        outcome: pb.Outcome | None = None,
+        lease: pb.Lease | None = None,
+        bye: pb.Bye | None = None,
+    ) -> pb.ServerMessage:
+        return pb.ServerMessage(
+            stamp=self.stamp(), welcome=welcome, outcome=outcome, lease=lease, bye=bye
+        )
+
+
+def _id(batch: BatchId) -> pb.BatchId:
+    return pb.BatchId(epoch=batch.epoch, shard=batch.shard, number=batch.number)
+
+
+def _bounded(push: pb.Push, limit: int = 64) -> dict[str, float]:
+    """A push's metrics, not more than can be shown."""
+    return dict(sorted(push.metrics.items())[:limit])

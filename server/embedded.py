@@ -1,0 +1,93 @@
+"""A server inside the calling process, for notebooks and tests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+from headwater.protos.errors import HeadwaterError
+from headwater.server.config import ServerConfig
+from headwater.server.serve import Ended, Serving, prepare
+from headwater.worker.load import LoadedTask
+from headwater.worker.task import Task
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 60.0
+
+
+class Server:
+    """Serves a task from a thread of this process.
+
+        with Server(task) as server:
+            ...  # workers join at server.address
+
+    Args:
+      task: The task; workers must have the same one under the same `name`.
+      name: What workers' --task is called: a file's stem, or a module's last part.
+      options: See `ServerConfig`; `listen` is a free port of 127.0.0.1 unless given.
+
+    Raises:
+      UsageError: The task or an option cannot work.
+    """
+
+    def __init__(self, task: Task, *, name: str = "task", **options: Any) -> None:
+        config = ServerConfig(**{"listen": "127.0.0.1:0", **options})
+        self._prepared = prepare(LoadedTask(task, name, {}, ""), config)
+        self.address = ""
+        """HOST:PORT, once started."""
+        self.run_dir = self._prepared.run_dir.path
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._serving: Serving | None = None
+        self._ready: Future[str] = Future()
+        self._ended: Future[Ended] = Future()
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._run()), name="headwater-server", daemon=True
+        )
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        self.address = self._ready.result(START_TIMEOUT_S)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End in order and wait for it, a minute at most.
+
+        Raises:
+          HeadwaterError: It did not end in time.
+        """
+        if self._loop is not None and self._serving is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._serving.stop)
+        self._thread.join(STOP_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise HeadwaterError(f"the server did not end within {STOP_TIMEOUT_S:.0f} s")
+        self._prepared.run_dir.close()
+
+    def wait(self, timeout_s: float | None = None) -> Ended:
+        """Wait for the server to end by itself; only with `exit_when_done` does it.
+
+        Raises:
+          TimeoutError: It has not ended in time.
+        """
+        return self._ended.result(timeout_s)
+
+    async def _run(self) -> None:
+        try:
+            self._loop = asyncio.get_running_loop()
+            self._serving = Serving(self._prepared)
+            self._ended.set_result(await self._serving.run(self._ready.set_result))
+        except BaseException as error:
+            for future in (self._ready, self._ended):
+                if not future.done():
+                    future.set_exception(error)
+            raise

@@ -1,0 +1,36 @@
+"""What evaluators found, and whether one is still expected to report."""
+
+from __future__ import annotations
+
+from headwater.protos import parameter_server_pb2 as pb
+
+
+class Evaluations:
+    """Reports by version, newest first in importance. Time comes in as an argument."""
+
+    def __init__(self) -> None:
+        self.newest: pb.EvaluationReport | None = None
+        self._seen_time: float | None = None
+        self._waiting = 0
+
+    def begin_wait(self) -> None:
+        """An evaluator waits for a version."""
+        self._waiting += 1
+
+    def end_wait(self, now: float) -> None:
+        """It was answered, and owes a report."""
+        self._waiting -= 1
+        self._seen_time = now
+
+    def add(self, report: pb.EvaluationReport, now: float) -> None:
+        """A report of an older version than the newest does not replace it."""
+        self._seen_time = now
+        if self.newest is None or report.version >= self.newest.version:
+            self.newest = report
+
+    def expected(self, version: int, now: float, patience_s: float) -> bool:
+        """Whether an evaluator is about that has not reported on `version` yet."""
+        if self.newest is not None and self.newest.version >= version:
+            return False
+        recent = self._seen_time is not None and now - self._seen_time < patience_s
+        return self._waiting > 0 or recent

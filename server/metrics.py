@@ -1,0 +1,91 @@
+"""The figures that status shows: rates, staleness, smoothed loss. Time comes in as an argument."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping
+
+WINDOW_S = 5.0
+"""Seconds over which rates are taken: steady to the eye, and quick to show a stall."""
+
+SMOOTHING = 0.98
+"""Of the running means of loss and metrics: about the last 50 pushes."""
+
+
+class Rate:
+    """Amounts a second over the last WINDOW_S seconds."""
+
+    def __init__(self) -> None:
+        # Sums by tenths of a second: bounded memory at any rate of events.
+        self._slots: deque[tuple[int, float]] = deque()
+        self._first: float | None = None
+
+    def add(self, amount: float, now: float) -> None:
+        slot = int(now * 10)
+        if self._first is None:
+            self._first = now
+        if self._slots and self._slots[-1][0] == slot:
+            self._slots[-1] = slot, self._slots[-1][1] + amount
+        else:
+            self._slots.append((slot, amount))
+        self._forget(now)
+
+    def per_second(self, now: float) -> float:
+        """0 before the first amount."""
+        self._forget(now)
+        if self._first is None or not self._slots:
+            return 0.0
+        return sum(amount for _, amount in self._slots) / min(WINDOW_S, max(now - self._first, 0.1))
+
+    def _forget(self, now: float) -> None:
+        oldest = int((now - WINDOW_S) * 10)
+        while self._slots and self._slots[0][0] <= oldest:
+            self._slots.popleft()
+
+
+class Histogram:
+    """Exact counts of small whole numbers, such as staleness."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, value: int) -> None:
+        self._counts[value] += 1
+
+    @property
+    def mean(self) -> float:
+        total = self._counts.total()
+        return sum(v * n for v, n in self._counts.items()) / total if total else 0.0
+
+    @property
+    def max(self) -> int:
+        return max(self._counts, default=0)
+
+    def percentile(self, percent: float) -> int:
+        """The smallest value that at least `percent` of the values do not exceed."""
+        wanted = self._counts.total() * percent / 100
+        seen = 0
+        for value in sorted(self._counts):
+            seen += self._counts[value]
+            if seen >= wanted:
+                return value
+        return 0
+
+
+class RunningMeans:
+    """Exponentially smoothed values by name, unbiased from the first one on.
+
+    Source: the bias correction of Adam, Kingma and Ba 2015, section 3.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}  # name: (weighted sum, weight)
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            total, weight = self._sums.get(name, (0.0, 0.0))
+            rest = 1 - SMOOTHING
+            self._sums[name] = SMOOTHING * total + rest * value, SMOOTHING * weight + rest
+
+    def values(self) -> dict[str, float]:
+        return {name: total / weight for name, (total, weight) in self._sums.items()}

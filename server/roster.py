@@ -1,0 +1,152 @@
+"""The roster: which workers are connected, and what is known of each.
+
+A worker is in it while its stream lives. A process is known by its instance
+number; a higher attempt of the same instance fences the older stream at once.
+Pure: no I/O, no threads; time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections import deque
+
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import Reason, Refused
+from headwater.server.metrics import Histogram, Rate
+
+MAX_TEXT = 80
+"""Characters kept of a name or a host that a worker gives."""
+
+_PHASES = {
+    pb.PHASE_COMPILING: "compiling",
+    pb.PHASE_WAITING: "waiting",
+    pb.PHASE_LOADING: "loading",
+    pb.PHASE_COMPUTING: "computing",
+    pb.PHASE_SENDING: "sending",
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Member:
+    """One connected worker."""
+
+    id: int
+    name: str
+    hello: pb.Hello
+    joined_time: float
+    heard_time: float
+    ready: bool = False
+    steps: int = -1
+    """Of the last progress message; the same again means that nothing moved."""
+    phase: str = "compiling"
+    hung: bool = False
+    """A ticket expired, and nothing finished since."""
+    granted_time: float = 0.0
+    """When its newest ticket was issued."""
+    has_version: int = -1
+    """Of the weights it was sent last."""
+    staleness: Histogram = dataclasses.field(default_factory=Histogram)
+    examples: Rate = dataclasses.field(default_factory=Rate)
+    gradients: int = 0
+    step_s: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=200))
+    """Seconds from ticket to whole gradient, of the last pushes."""
+    compute_s: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=50))
+
+    def set_phase(self, phase: pb.Phase) -> None:
+        self.phase = _PHASES.get(phase, self.phase)
+
+    def deadline_s(self, least_s: float) -> float:
+        """Seconds a ticket of this worker may go without progress."""
+        if not self.step_s:
+            return least_s
+        p99 = sorted(self.step_s)[int(0.99 * (len(self.step_s) - 1))]
+        return max(least_s, 10 * p99)
+
+    def status(self, now: float, quarantined: bool) -> pb.WorkerStatus:
+        return pb.WorkerStatus(
+            id=self.id,
+            name=self.name,
+            host=printable(self.hello.host),
+            platform=printable(self.hello.platform),
+            devices=self.hello.devices,
+            pid=self.hello.pid,
+            state="quarantined" if quarantined else "hung" if self.hung else self.phase,
+            gradients=self.gradients,
+            examples_per_second=self.examples.per_second(now),
+            staleness_mean=self.staleness.mean,
+            compute_s=statistics.median(self.compute_s) if self.compute_s else 0.0,
+            connected_s=now - self.joined_time,
+        )
+
+
+class Roster:
+    """The connected workers by id, and the instances that may not come back."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, Member] = {}
+        self._evicted: set[int] = set()
+        self._attempts: dict[int, int] = {}
+        self._joined = 0
+
+    def join(self, hello: pb.Hello, now: float) -> tuple[Member, Member | None]:
+        """Take a worker in; also returns the older stream's member that it fences, if any.
+
+        Raises:
+          Refused: EVICTED, or FENCED when a newer attempt was here already.
+        """
+        if hello.instance in self._evicted:
+            raise Refused(
+                Reason.EVICTED, "this worker was evicted; start a new one to take part again"
+            )
+        if hello.attempt <= self._attempts.get(hello.instance, 0):
+            raise Refused(Reason.FENCED, f"attempt {hello.attempt} of this worker is not its newest")
+        self._attempts[hello.instance] = hello.attempt
+        old = next((m for m in self.members.values() if m.hello.instance == hello.instance), None)
+        if old:
+            del self.members[old.id]
+        self._joined += 1
+        member = Member(self._joined, "", hello, now, now)
+        member.name = self._unique(printable(hello.name) or f"worker-{member.id}")
+        self.members[member.id] = member
+        return member, old
+
+    def leave(self, member: Member) -> bool:
+        """Whether it was still here."""
+        return self.members.pop(member.id, None) is not None
+
+    def evict(self, who: str) -> Member:
+        """Bar a worker, by its name or id, from this incarnation.
+
+        Raises:
+          Refused: UNKNOWN_WORKER.
+        """
+        for member in self.members.values():
+            if who in (member.name, str(member.id)):
+                self._evicted.add(member.hello.instance)
+                return member
+        names = ", ".join(m.name for m in self.members.values()) or "no one"
+        raise Refused(
+            Reason.UNKNOWN_WORKER, f"no worker is called {printable(who)!r}; connected: {names}"
+        )
+
+    def silent(self, now: float, timeout_s: float) -> list[Member]:
+        """Those not heard of for `timeout_s` seconds."""
+        return [m for m in self.members.values() if now - m.heard_time > timeout_s]
+
+    def shift(self, seconds: float) -> None:
+        """Silence while the server itself was stopped counts for nothing."""
+        for member in self.members.values():
+            member.heard_time += seconds
+            member.joined_time += seconds
+
+    def _unique(self, name: str) -> str:
+        taken = {m.name for m in self.members.values()}
+        if name not in taken:
+            return name
+        return next(n for k in range(2, len(taken) + 3) if (n := f"{name}-{k}") not in taken)
+
+
+def printable(text: str) -> str:
+    """A peer's text, safe and short enough to show."""
+    return "".join(c for c in text if c.isprintable())[:MAX_TEXT]

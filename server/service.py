@@ -1,0 +1,156 @@
+"""The RPCs: each finds the object that does it. No arithmetic, no decisions.
+
+Refusals become a status and a reason by the table in errors.py; any other
+exception is logged here and told to the peer as "internal error" alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import REASON_KEY, Reason, Refused
+from headwater.protos.wire import frame
+from headwater.server.coordinator import Coordinator
+from headwater.server.encoder import Encoder
+from headwater.server.session import Session
+from headwater.server.status import status
+
+log = logging.getLogger("headwater.server")
+
+Context = grpc.aio.ServicerContext
+Method = Callable[..., Awaitable[Any]]
+
+MAX_WAIT_S = 60.0
+"""Seconds a Pull may wait; readers ask again."""
+
+
+def _answered(method: Method) -> Method:
+    """Turn what a method raises into a status that tells a peer only what it may know."""
+
+    @functools.wraps(method)
+    async def answered(self: Service, request: Any, context: Context) -> Any:
+        try:
+            return await method(self, request, context)
+        except Refused as refused:
+            reason = ((REASON_KEY, refused.reason.name),)
+            await context.abort(refused.reason.code, str(refused), trailing_metadata=reason)
+        except (grpc.RpcError, grpc.aio.BaseError):
+            raise  # the peer has gone
+        except Exception:
+            log.exception("%s failed", method.__name__)
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
+
+    return answered
+
+
+class Service:
+    """The .proto's service. `on_stop` and `on_evaluation` belong to who runs the server."""
+
+    def __init__(
+        self,
+        run: Coordinator,
+        encoder: Encoder,
+        on_stop: Callable[[], None],
+        on_evaluation: Callable[[pb.EvaluationReport], None],
+    ) -> None:
+        self._run = run
+        self._encoder = encoder
+        self._on_stop = on_stop
+        self._on_evaluation = on_evaluation
+
+    @_answered
+    async def Exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        await Session(self._run, self._encoder, context).run(requests)
+
+    @_answered
+    async def Pull(self, request: pb.PullRequest, context: Context) -> None:
+        run = self._run
+        run.identity.check_run(request.run_id, request.seen_incarnation, run.current.incarnation)
+        await self._wait(request)
+        published = run.current
+        first = pb.PullReply(
+            stamp=run.stamp(), run_id=run.identity.run_id, state=run.state, epoch=run.ledger.epoch
+        )
+        same_life = request.seen_incarnation == published.incarnation
+        if same_life and request.have_version and request.have_version == published.version:
+            await self._write(context, frame(first))
+            return
+        first.layout.CopyFrom(run.layout.to_proto())
+        head = frame(first)
+        # Alone, because the layout of a model with many tensors is itself large.
+        await self._write(context, head)
+        for part in await self._encoder.parts(published):
+            await self._write(context, part)
+
+    async def _wait(self, request: pb.PullRequest) -> None:
+        run = self._run
+        if request.min_version > run.ledger.total:
+            raise Refused(
+                Reason.FUTURE_VERSION,
+                f"version {request.min_version} will never be: the run ends at version "
+                f"{run.ledger.total}",
+            )
+        wait_s = min(max(request.wait_s, 0.0), MAX_WAIT_S) if math.isfinite(request.wait_s) else 0.0
+        if request.evaluates:
+            run.evaluations.begin_wait()
+        try:
+            await run.wait_for_version(request.min_version, wait_s)
+        finally:
+            if request.evaluates:
+                run.evaluations.end_wait(run.clock())
+
+    async def _write(self, context: Context, data: bytes) -> None:
+        await context.write(data)
+        self._run.bytes_out += len(data)
+
+    @_answered
+    async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
+        return status(self._run)
+
+    @_answered
+    async def ReportEvaluation(
+        self, request: pb.EvaluationReport, context: Context
+    ) -> pb.SteerReply:
+        run = self._run
+        if request.incarnation != run.current.incarnation or request.version > run.current.version:
+            raise Refused(
+                Reason.FUTURE_VERSION,
+                f"version {request.version} of incarnation {request.incarnation} was never served "
+                f"here; the newest is version {run.current.version} of {run.current.incarnation}",
+            )
+        if not 1 <= len(request.metrics) <= 1000:
+            raise Refused(
+                Reason.MALFORMED, f"{len(request.metrics)} metrics were reported; 1 to 1000 can be"
+            )
+        run.evaluations.add(request, run.clock())
+        self._on_evaluation(request)
+        return self._done(f"evaluation of version {request.version} recorded")
+
+    @_answered
+    async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.SteerReply:
+        await self._run.pause()
+        return self._done(f"paused at version {self._run.current.version}")
+
+    @_answered
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.SteerReply:
+        self._run.resume()
+        return self._done("training goes on")
+
+    @_answered
+    async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.SteerReply:
+        return self._done(f"{self._run.evict(request.worker)} was evicted")
+
+    @_answered
+    async def Stop(self, request: pb.StopRequest, context: Context) -> pb.SteerReply:
+        self._on_stop()
+        return self._done(f"stopping at version {self._run.current.version}")
+
+    def _done(self, message: str) -> pb.SteerReply:
+        return pb.SteerReply(stamp=self._run.stamp(), message=message)

@@ -1,0 +1,124 @@
+"""Loss and gradient of one batch, jitted, as NumPy arrays in layout order."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from headwater.worker.data import Batch
+from headwater.worker.task import Task, TaskError
+from headwater.worker.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """What one batch gave."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    leaves: Sequence[np.ndarray]
+    """In layout order; each of its parameter's shape and dtype."""
+
+
+class GradientFunction:
+    """A task's loss and gradient, compiled once for each shape of batch.
+
+    The loss's key is `fold_in(fold_in(key(seed), epoch), number)`, made inside
+    the compiled function, so that a batch gives the same gradient anywhere.
+
+    Args:
+      task: Its loss is traced when a shape is compiled.
+      seed: The run's.
+    """
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self._task = task
+        self._seed = seed
+        self._jitted = jax.jit(self._loss_and_gradient)
+        self._compiled: dict[Any, Any] = {}
+
+    def compile(self, batch: Batch) -> float:
+        """Compile for batches of this one's shapes; seconds it took, 0 when it was there.
+
+        Raises:
+          TaskError: The loss is not a scalar, or its metrics are not a dict of
+            scalars. What the user's own code raises goes through.
+        """
+        shapes = _shapes(batch)
+        if shapes in self._compiled:
+            return 0.0
+        began = time.perf_counter()
+        params = self._task.tree.restore(
+            [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in self._task.tree.layout.tensors]
+        )
+        number = np.zeros((), np.uint32)
+        self._compiled[shapes] = self._jitted.lower(params, batch, number, number).compile()
+        return time.perf_counter() - began
+
+    def __call__(
+        self, weights: Sequence[np.ndarray], batch: Batch, epoch: int, number: int
+    ) -> Gradient:
+        """The gradient of one batch.
+
+        Args:
+          weights: In layout order. May be written again when this returns.
+          batch: A pytree of arrays whose leading axis is the batch.
+          epoch: Of the batch.
+          number: Of the batch in its epoch.
+        """
+        shapes = _shapes(batch)
+        if shapes not in self._compiled:
+            self.compile(batch)
+        (loss, metrics), grads = self._compiled[shapes](
+            self._task.tree.restore(weights), batch, np.uint32(epoch), np.uint32(number)
+        )
+        leaves = [np.asarray(leaf) for leaf in self._task.tree.leaves(grads)]
+        return Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
+
+    def _loss_and_gradient(
+        self, params: PyTree, batch: Batch, epoch: jax.Array, number: jax.Array
+    ) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), epoch), number)
+
+        def loss(params: PyTree) -> Any:
+            return _split(self._task.loss(params, batch, key))
+
+        values, grads = jax.value_and_grad(loss, has_aux=True)(params)
+        # JAX gives the conjugate of the direction of steepest ascent for complex
+        # parameters; optax descends along what it is given.
+        return values, jax.tree.map(_conjugate, grads)
+
+
+def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:
+    """What a loss may return, checked, as (loss, metrics)."""
+    loss, metrics = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+    loss = jnp.asarray(loss)
+    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TaskError(
+            f"Task.loss returned {loss.dtype.name}{list(loss.shape)}; it must be one real number, "
+            "the mean over the batch's examples"
+        )
+    if not isinstance(metrics, Mapping):
+        raise TaskError(
+            f"Task.loss returned {type(metrics).__name__} beside the loss; it must be a dict of "
+            'scalars such as {"accuracy": accuracy}'
+        )
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or jnp.shape(metric) != ():
+            raise TaskError(f"metric {name!r} has shape {list(jnp.shape(metric))}, not a scalar's")
+    return loss, dict(metrics)
+
+
+def _conjugate(gradient: jax.Array) -> jax.Array:
+    return gradient.conj() if jnp.iscomplexobj(gradient) else gradient
+
+
+def _shapes(batch: Batch) -> Any:
+    leaves, treedef = jax.tree.flatten(batch)
+    return treedef, tuple((np.shape(x), np.result_type(x)) for x in leaves)

@@ -1,0 +1,157 @@
+"""The stream to the server: connecting, sending, receiving. Knows nothing of training."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos import rpc
+from headwater.protos.errors import Reason, Refused, Unreachable, from_rpc_error, refusal_of
+from headwater.protos.wire import Framed, frame, unframe
+
+log = logging.getLogger("headwater.worker")
+
+PROGRESS_S = 2.0
+"""Between progress messages."""
+
+QUEUED_MESSAGES = 4
+"""Parts waiting to leave; more would be memory, fewer would leave gaps on the wire."""
+
+_COMES_BACK = {Reason.SILENT, Reason.SLOW_READER, Reason.ENDING}
+"""Refusals that a new connection may mend."""
+
+
+class Disconnected(Exception):
+    """The stream has ended; connect again and ask anew."""
+
+
+class Link:
+    """One stream, from its opening to its end.
+
+    A thread tells the server every two seconds how the worker gets on, however
+    long computing takes; `progress` says what.
+    """
+
+    def __init__(self, address: str, progress: Callable[[], pb.Progress]) -> None:
+        self._address = address
+        self._progress = progress
+        self._outgoing: queue.Queue[bytes | None] = queue.Queue(QUEUED_MESSAGES)
+        self._closed = threading.Event()
+        self._channel = rpc.connect(address)
+        self._call = rpc.Stub(self._channel).Exchange(iter(self._outgoing.get, None))
+        threading.Thread(target=self._report, name="headwater-progress", daemon=True).start()
+
+    def send(self, message: pb.WorkerMessage, body: memoryview | None = None) -> None:
+        """Queue a message; blocks while the network is behind.
+
+        Raises:
+          Disconnected: The stream has ended.
+        """
+        data = frame(message, body)
+        while True:
+            try:
+                return self._outgoing.put(data, timeout=0.5)
+            except queue.Full:
+                if not self._call.is_active():
+                    raise Disconnected("while sending") from None
+
+    def receive(self) -> Iterator[Framed[pb.ServerMessage]]:
+        """The server's messages, until it has said everything.
+
+        Raises:
+          Refused: The server said no, and a new connection would not change that.
+          Disconnected: The stream broke.
+        """
+        try:
+            for data in self._call:
+                yield unframe(pb.ServerMessage, data)
+        except grpc.RpcError as error:
+            refusal = refusal_of(error)
+            if refusal is not None and refusal.reason not in _COMES_BACK:
+                raise refusal from None
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise from_rpc_error(error, self._address) from None
+            raise Disconnected(error.details() or error.code().name) from None
+
+    def close(self) -> None:
+        """End the stream; the server takes back whatever was out."""
+        self._closed.set()
+        self._call.cancel()
+        self._channel.close()
+        # Lets gRPC's sending thread end where it waits for the next message.
+        try:
+            self._outgoing.put_nowait(None)
+        except queue.Full:
+            log.debug("closed with messages unsent")
+
+    def _report(self) -> None:
+        while not self._closed.wait(PROGRESS_S):
+            message = frame(pb.WorkerMessage(progress=self._progress()))
+            try:
+                self._outgoing.put_nowait(message)
+            except queue.Full:
+                continue  # parts are on their way, and they are progress themselves
+
+
+class Patience:
+    """How long to keep trying to connect.
+
+    The first connection has `first_s` seconds. After one success it tries
+    without end, and says so once a minute.
+    """
+
+    def __init__(self, address: str, first_s: float) -> None:
+        self._address = address
+        self._first_s = first_s
+        self._began = time.monotonic()
+        self._said = self._began
+        self._connected_before = False
+        self._pause_s = 0.1
+        self._last_error = ""
+
+    def connected(self) -> None:
+        self._connected_before = True
+        self._pause_s = 0.1
+        self._began = self._said = time.monotonic()
+
+    def wait(self, error: str, give_up: Callable[[], bool]) -> None:
+        """Pause before the next attempt; returns early when `give_up` says so.
+
+        Raises:
+          Unreachable: The first connection did not come about in time.
+        """
+        now = time.monotonic()
+        if not self._connected_before and now - self._began > self._first_s:
+            raise Unreachable(
+                f"no Headwater server answers at {self._address} (tried for {self._first_s:.0f} s; "
+                f"the last error: {error}); start one with `headwater server`, or name another "
+                "address with --server HOST:PORT"
+            )
+        if now - self._said >= 60 or error != self._last_error:
+            log.warning("no server at %s (%s); trying again", self._address, error)
+            self._said, self._last_error = now, error
+        end = now + self._pause_s
+        while time.monotonic() < end and not give_up():
+            time.sleep(0.05)
+        self._pause_s = min(2.0, self._pause_s * 2)
+
+
+def refuse_older(stamp: pb.Stamp, seen_incarnation: int) -> None:
+    """Stop rather than train on a past that this worker has outlived.
+
+    Raises:
+      Refused: OLD_INCARNATION.
+    """
+    if stamp.incarnation < seen_incarnation:
+        raise Refused(
+            Reason.OLD_INCARNATION,
+            f"the server is incarnation {stamp.incarnation} of the run, but this worker has seen "
+            f"incarnation {seen_incarnation}: it was restored from an older copy. Start it from "
+            "the newest copy of the run directory",
+        )

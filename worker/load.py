@@ -1,0 +1,195 @@
+"""Finds the task that TASK names and gives it the user's options.
+
+TASK is `file.py`, `file.py:name`, `package.module` or `package.module:name`;
+the name is `task` unless given, and is a Task or a function that returns one.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import UsageError
+from headwater.worker.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTask:
+    """A task and what identifies it beside its contents."""
+
+    task: Task
+    name: str
+    options: Mapping[str, str]
+    source_sha256: str
+    """Of the file it was found in; empty where there is none."""
+
+    def identity(self) -> pb.TaskIdentity:
+        """What must be equal on both sides; loads the data, to count it."""
+        return pb.TaskIdentity(
+            name=self.name,
+            options=self.options,
+            example_count=len(self.task.dataset),
+            batch_size=self.task.batch_size,
+            seed=self.task.seed,
+        )
+
+
+def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
+    """Load TASK with `--task-option NAME=VALUE` texts.
+
+    Puts the file's folder, or the working directory for a module, first on
+    sys.path.
+
+    Raises:
+      UsageError: There is no such file, module or name; it is not a task; an
+        option does not fit. When the user's own code raises, its traceback is
+        part of the message.
+    """
+    given = dict(_split_option(option) for option in options)
+    place, _, name = spec.partition(":")
+    name = name or "task"
+    module = _import_file(Path(place), spec) if place.endswith(".py") else _import_module(place)
+    found = getattr(module, name, None)
+    if found is None:
+        tasks = sorted(n for n, v in vars(module).items() if isinstance(v, Task))
+        hint = f"; it has {', '.join(tasks)}: write {place}:{tasks[0]}" if tasks else ""
+        raise UsageError(f"{place} has no {name!r}{hint or '; a task is a Task called `task`'}")
+    if isinstance(found, Task):
+        if given:
+            raise UsageError(
+                f"{spec} is a Task, which takes no --task-option; make it a function that returns "
+                f"one to take {', '.join(given)}"
+            )
+        task = found
+    elif callable(found):
+        task = _call(found, given, spec)
+    else:
+        raise UsageError(f"{spec} is {type(found).__name__}; a Task or a function that returns one")
+    stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    title = stem if name == "task" else f"{stem}-{name}"
+    return LoadedTask(task, title, given, _source_sha256(module))
+
+
+def user_traceback(error: BaseException) -> str:
+    """The error's traceback from the user's own first frame on."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [i for i, f in enumerate(frames) if not _is_ours(f.filename)]
+    kept = traceback.format_list(frames[own[0] :] if own else frames)
+    return "".join(
+        ["Traceback (most recent call last):\n", *kept, *traceback.format_exception_only(error)]
+    ).rstrip()
+
+
+def _is_ours(filename: str) -> bool:
+    return Path(filename) == Path(__file__) or "importlib" in filename
+
+
+def _split_option(option: str) -> tuple[str, str]:
+    name, equals, value = option.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--task-option takes NAME=VALUE, not {option!r}")
+    return name, value
+
+
+def _import_file(path: Path, spec: str) -> types.ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; --task {spec} names one")
+    folder = str(path.resolve().parent)
+    if folder not in sys.path[:1]:
+        sys.path.insert(0, folder)
+    # Under its own name, so that what the file's helpers import is this module;
+    # under another where that name is taken, say by the standard library.
+    name = path.stem if path.stem not in sys.modules else f"headwater_task_{path.stem}"
+    found = importlib.util.spec_from_file_location(name, path.resolve())
+    if found is None or found.loader is None:
+        raise UsageError(f"{path} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    loader = found.loader
+    _guarded(lambda: loader.exec_module(module), f"{path} raised while it was loaded")
+    return module
+
+
+def _import_module(name: str) -> types.ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UsageError(f"--task {name!r}: TASK is file.py[:NAME] or package.module[:NAME]")
+    if sys.path[:1] != [""]:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UsageError(
+                f"there is no module {name!r} (looked in the working directory and the installed "
+                "packages); a file is named with its .py"
+            ) from None
+        raise UsageError(f"{name} raised while it was loaded\n{user_traceback(error)}") from None
+    except Exception as error:
+        raise UsageError(f"{name} raised while it was loaded\n{user_traceback(error)}") from None
+
+
+def _call(function: Callable[..., Any], given: Mapping[str, str], spec: str) -> Task:
+    parameters = inspect.signature(function).parameters
+    for name in given:
+        if name not in parameters:
+            takes = ", ".join(parameters) or "none"
+            raise UsageError(f"{spec} takes no --task-option {name!r}; it takes: {takes}")
+    missing = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and n not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]  # fmt: skip
+    if missing:
+        raise UsageError(f"{spec} needs --task-option {missing[0]}=VALUE")
+    hints = _guarded(lambda: typing.get_type_hints(function), f"{spec}'s annotations raise")
+    values = {name: _convert(name, text, hints.get(name)) for name, text in given.items()}
+    task = _guarded(lambda: function(**values), f"{spec} raised")
+    if not isinstance(task, Task):
+        raise UsageError(f"{spec} returned {type(task).__name__}, not a Task")
+    return task
+
+
+def _convert(name: str, text: str, annotation: Any) -> Any:
+    if annotation is str:
+        return text
+    if annotation is bool:
+        known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() not in known:
+            raise UsageError(f"--task-option {name}={text}: takes true or false")
+        return known[text.lower()]
+    if annotation in (int, float):
+        try:
+            return annotation(text)
+        except ValueError:
+            kind = "a whole number" if annotation is int else "a number"
+            raise UsageError(f"--task-option {name}={text}: takes {kind}") from None
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _guarded(call: Callable[[], Any], what: str) -> Any:
+    try:
+        return call()
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}\n{user_traceback(error)}") from None
+
+
+def _source_sha256(module: types.ModuleType) -> str:
+    path = getattr(module, "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""

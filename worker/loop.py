@@ -1,0 +1,316 @@
+"""A worker's life: take a ticket, compute a gradient, push it, again.
+
+It keeps nothing that matters. It never repeats a push: when the stream breaks
+it drops what it was doing, connects again and asks anew; the server's ledger
+knows what was applied.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+import socket
+import time
+
+import jax
+import numpy as np
+
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
+from headwater.protos.layout import Bytes, Layout
+from headwater.protos.rpc import PROTOCOL
+from headwater.protos.wire import parts
+from headwater.worker.data import batch_rng
+from headwater.worker.gradient import Gradient, GradientFunction
+from headwater.worker.link import Disconnected, Link, Patience, refuse_older
+from headwater.worker.load import LoadedTask
+from headwater.worker.loader import Key, Loader
+from headwater.worker.task import batch_sizes
+
+log = logging.getLogger("headwater.worker")
+
+SAY_S = 10.0
+"""Between lines about how it goes."""
+
+
+class Weights:
+    """One version of the weights, put together from its parts."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        # Two in turn: JAX may still use the older one where it lies.
+        self._buffers: itertools.cycle[Bytes] = itertools.cycle([layout.empty(), layout.empty()])
+        self._buffer = next(self._buffers)
+        self._received = 0
+        self.version = -1
+        """Complete; -1 before the first."""
+        self.leaves: list[np.ndarray] = []
+
+    def add(self, part: pb.WeightsPart, body: memoryview | None) -> None:
+        """Take one part in.
+
+        Raises:
+          HeadwaterError: It does not follow on the one before, or is of another size of model.
+        """
+        data = body if body is not None else memoryview(b"")
+        end = part.offset + len(data)
+        if part.offset == 0:
+            self._buffer, self._received = next(self._buffers), 0
+        if (
+            part.offset != self._received
+            or part.total_bytes != self._layout.total_bytes
+            or end > part.total_bytes
+        ):
+            raise HeadwaterError(
+                f"the server sent bytes {part.offset} to {end} of {part.total_bytes} of version "
+                f"{part.version}; byte {self._received} of {self._layout.total_bytes} was next"
+            )
+        if len(data):
+            self._buffer[part.offset : end] = np.frombuffer(data, np.uint8)
+        self._received = end
+        if end == part.total_bytes:
+            self.version = part.version
+            self.leaves = list(self._layout.views(self._buffer).values())
+
+
+class Worker:
+    """Trains `loaded` for the server at `address` until the run is over.
+
+    Args:
+      loaded: The task; must be the server's.
+      address: HOST:PORT.
+      name: Shown in status; the server makes one up for "".
+      connect_timeout_s: For the first connection; later ones have all the time there is.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedTask,
+        address: str,
+        *,
+        name: str = "",
+        software: dict[str, str] | None = None,
+        connect_timeout_s: float = 60.0,
+    ) -> None:
+        self._loaded = loaded
+        self._task = loaded.task
+        self._address = address
+        self._layout = self._task.tree.layout
+        self._patience = Patience(address, connect_timeout_s)
+        self._hello = pb.Hello(
+            protocol=PROTOCOL,
+            instance=secrets.randbits(63) + 1,
+            task=loaded.identity(),
+            layout=self._layout.to_proto(),
+            name=name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            platform=jax.default_backend(),
+            devices=1,
+            software=software or {},
+        )
+        self._weights = Weights(self._layout)
+        self._outgoing = self._layout.empty()
+        self._compiled_for: tuple[int, int] | None = None  # seed and batch size
+        self._gradient: GradientFunction | None = None
+        self._loader: Loader | None = None
+        self._link: Link | None = None
+        self._phase = pb.PHASE_WAITING
+        self._steps = 0
+        self._gradients = 0
+        self._said_time = time.monotonic()
+        self._leaving = False
+        self._awaiting = False  # a ticket, with nothing of ours on its way
+
+    def run(self) -> None:
+        """Returns when the run is finished or was stopped, or this worker was asked to leave.
+
+        Raises:
+          Unreachable: No server in time.
+          Refused: The server will not have this worker.
+          RunFailed: The run ended with an error.
+        """
+        try:
+            while not self._leaving:
+                try:
+                    if self._serve_one_stream():
+                        return
+                except Disconnected as broken:
+                    self._patience.wait(str(broken), lambda: self._leaving)
+                else:
+                    self._patience.wait("the server ended the stream", lambda: self._leaving)
+        finally:
+            if self._loader:
+                self._loader.close()
+
+    def leave(self) -> None:
+        """Finish the gradient in hand, tell the server, and end. Call in the thread of `run`."""
+        self._leaving = True
+        if self._awaiting and self._link:
+            self._say_leave(self._link)
+
+    # ------------------------------------------------------------------ stream
+
+    def _serve_one_stream(self) -> bool:
+        """Whether a bye was received; else the stream just ended."""
+        self._hello.attempt += 1
+        self._weights.version = -1
+        if self._loader:
+            self._loader.clear()
+        link = self._link = Link(
+            self._address, lambda: pb.Progress(phase=self._phase, steps=self._steps)
+        )
+        try:
+            link.send(pb.WorkerMessage(hello=self._hello))
+            self._awaiting = True
+            for message, body in link.receive():
+                self._awaiting = False
+                refuse_older(message.stamp, self._hello.seen_incarnation)
+                self._hello.seen_incarnation = message.stamp.incarnation
+                if self._handle(link, message, body):
+                    return True
+                self._awaiting = True
+            return False
+        finally:
+            self._awaiting = False
+            self._link = None
+            link.close()
+
+    def _handle(self, link: Link, message: pb.ServerMessage, body: memoryview | None) -> bool:
+        """Act on a message, field by field; whether it was the last."""
+        if message.HasField("welcome"):
+            self._welcome(link, message.welcome)
+        if message.HasField("outcome"):
+            self._outcome(message.outcome)
+        if message.HasField("weights"):
+            self._weights.add(message.weights, body)
+        if message.HasField("lease"):
+            self._lease(message.lease)
+        if message.HasField("bye"):
+            return self._bye(message.bye)
+        if self._leaving:
+            self._say_leave(link)
+        elif message.HasField("ticket"):
+            self._compute(link, message.ticket, message.stamp.incarnation)
+            if self._leaving:
+                log.info("leaving when this gradient has been answered")
+        return False
+
+    def _welcome(self, link: Link, welcome: pb.Welcome) -> None:
+        self._patience.connected()
+        self._hello.run_id = welcome.run_id
+        for warning in welcome.warnings:
+            log.warning("%s", warning)
+        log.info("joined run %s as %s", welcome.run_id, welcome.name)
+        self._hello.name = welcome.name
+        seconds = self._compile(welcome.seed, welcome.batch_size)
+        self._phase = pb.PHASE_WAITING
+        link.send(pb.WorkerMessage(ready=pb.Ready(compile_s=seconds)))
+
+    def _compile(self, seed: int, batch_size: int) -> float:
+        """Compile for every shape a batch can have; seconds it took."""
+        if self._compiled_for == (seed, batch_size):
+            return 0.0
+        self._phase = pb.PHASE_COMPILING
+        data = self._task.dataset
+        if self._loader:
+            self._loader.close()
+        self._loader = Loader(data, seed)
+        self._gradient = GradientFunction(self._task, seed)
+        seconds = 0.0
+        for size in batch_sizes(self._task, batch_size):
+            batch = data.batch(np.arange(size), batch_rng(seed, 0, 0))
+            seconds += self._gradient.compile(batch)
+        self._compiled_for = seed, batch_size
+        log.info("compiled in %.1f s", seconds)
+        return seconds
+
+    def _outcome(self, outcome: pb.Outcome) -> None:
+        self._steps += 1
+        if outcome.code == pb.OUTCOME_APPLIED:
+            self._gradients += 1
+            return
+        log.warning("%s: %s", pb.OutcomeCode.Name(outcome.code), outcome.message)
+
+    def _lease(self, lease: pb.Lease) -> None:
+        assert self._loader is not None, "the server leases after welcome"
+        for batch in lease.granted:
+            self._loader.grant(_key(batch.id), batch.indices)
+        for withdrawn in lease.withdrawn:
+            self._loader.withdraw(_key(withdrawn))
+
+    def _bye(self, bye: pb.Bye) -> bool:
+        if bye.reason == pb.BYE_FAILED:
+            raise RunFailed(f"the run failed: {bye.message}")
+        if bye.reason == pb.BYE_EVICTED:
+            raise Refused(Reason.EVICTED, bye.message or "this worker was evicted")
+        texts = {pb.BYE_FINISHED: "the run is finished", pb.BYE_LEFT: "left"}
+        text = texts.get(bye.reason, "the server was stopped")
+        log.info("%s; %d of its gradients are from here", text, self._gradients)
+        return True
+
+    def _say_leave(self, link: Link) -> None:
+        link.send(pb.WorkerMessage(leave=pb.Leave()))
+
+    # --------------------------------------------------------------- computing
+
+    def _compute(self, link: Link, ticket: pb.Ticket, incarnation: int) -> None:
+        """One ticket: load, compute, push."""
+        assert self._loader is not None and self._gradient is not None
+        if ticket.base != self._weights.version:
+            raise HeadwaterError(
+                f"the server's ticket is for version {ticket.base}, the weights it sent are of "
+                f"version {self._weights.version}"
+            )
+        (batch_id,) = ticket.batches
+        self._enter(pb.PHASE_LOADING)
+        batch = self._loader.take(_key(batch_id))
+        self._enter(pb.PHASE_COMPUTING)
+        began = time.perf_counter()
+        gradient = self._gradient(self._weights.leaves, batch, batch_id.epoch, batch_id.number)
+        seconds = time.perf_counter() - began
+        self._enter(pb.PHASE_SENDING)
+        self._push(link, ticket, incarnation, gradient, seconds)
+        self._enter(pb.PHASE_WAITING)
+        self._say(gradient)
+
+    def _push(
+        self, link: Link, ticket: pb.Ticket, incarnation: int, gradient: Gradient, seconds: float
+    ) -> None:
+        self._layout.pack(gradient.leaves, self._outgoing)
+        whole = memoryview(self._outgoing)
+        push = pb.Push(
+            token=ticket.token,
+            base=ticket.base,
+            incarnation=incarnation,
+            loss=gradient.loss,
+            metrics=gradient.metrics,
+            compute_s=seconds,
+        )
+        for start, end in parts(self._layout.total_bytes):
+            if start == 0:
+                message = pb.WorkerMessage(push=push)
+            else:
+                part = pb.PushPart(token=ticket.token, offset=start)
+                message = pb.WorkerMessage(push_part=part)
+            link.send(message, whole[start:end])
+            self._steps += 1
+
+    def _enter(self, phase: pb.Phase) -> None:
+        self._phase = phase
+        self._steps += 1
+
+    def _say(self, gradient: Gradient) -> None:
+        now = time.monotonic()
+        if now - self._said_time >= SAY_S:
+            self._said_time = now
+            log.info(
+                "version %d: %d gradients from here, loss %.4g",
+                self._weights.version, self._gradients, gradient.loss,
+            )  # fmt: skip
+
+
+def _key(batch: pb.BatchId) -> Key:
+    return batch.epoch, batch.shard, batch.number

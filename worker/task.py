@@ -1,0 +1,137 @@
+"""`Task`: what a user writes. Server, workers and evaluators all load the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+from headwater.worker.data import Indexed
+from headwater.worker.tree import ParameterTree, PyTree
+
+
+class TaskError(ValueError):
+    """The task cannot be trained as written; says which field and what it needs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """One training: initial parameters, loss, data, optimizer, evaluation.
+
+    Nothing is computed or loaded when a Task is made.
+
+    Raises:
+      TaskError: A field has a value that cannot work.
+    """
+
+    init: Callable[[jax.Array], PyTree]
+    """(key) -> params: any pytree of floating or complex arrays. Run by the
+    server only, with `jax.random.key(seed)`; workers trace it for its shapes."""
+
+    loss: Callable[[PyTree, Any, jax.Array], Any]
+    """(params, batch, key) -> scalar, or (scalar, {"accuracy": scalar, ...}):
+    means over the batch's examples, traceable by `jax.jit`. `key` is folded
+    from (seed, epoch, batch number), so that the same batch gives the same
+    gradient on any worker."""
+
+    data: Indexed | Callable[[], Indexed]
+    """The training examples, or a function that returns them, called on first use."""
+
+    optimizer: Any
+    """An optax GradientTransformation, a SPEC string such as "adam(1e-3)", or a
+    function (total_updates) -> GradientTransformation."""
+
+    batch_size: int = 32
+    """Examples in a batch."""
+
+    epochs: int = 1
+    """How often every example is used."""
+
+    shuffle: bool = True
+    """Whether each epoch has an order of its own, drawn from the seed."""
+
+    seed: int = 0
+    """Of initial parameters, order and keys. 0 to 2**32 - 1."""
+
+    remainder: Literal["keep", "drop"] = "keep"
+    """What becomes of an epoch's last batch when it is short."""
+
+    evaluate: Callable[[PyTree], Mapping[str, Any]] | None = None
+    """(params) -> {"accuracy": scalar, ...}, on data that is not trained on."""
+
+    def __post_init__(self) -> None:
+        for field in ("init", "loss"):
+            if not callable(getattr(self, field)):
+                raise TaskError(f"Task.{field} must be a function, not {getattr(self, field)!r}")
+        if self.evaluate is not None and not callable(self.evaluate):
+            raise TaskError(f"Task.evaluate must be a function or None, not {self.evaluate!r}")
+        for field in ("batch_size", "epochs"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise TaskError(f"Task.{field} must be a whole number from 1 on, not {value!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise TaskError(f"Task.seed must be a whole number in [0, 2**32), not {self.seed!r}")
+        if self.remainder not in ("keep", "drop"):
+            raise TaskError(f'Task.remainder must be "keep" or "drop", not {self.remainder!r}')
+
+    @functools.cached_property
+    def dataset(self) -> Indexed:
+        """The training examples; loads them where `data` is a function.
+
+        Raises:
+          TaskError: They are not `Indexed`, or there are none.
+        """
+        data = self.data
+        if not isinstance(data, Indexed) and callable(data):
+            data = data()
+        if not isinstance(data, Indexed):
+            raise TaskError(
+                f"Task.data is {type(data).__name__}, which lacks len() or batch(indices, rng); "
+                "wrap arrays in ArrayData(x=..., y=...)"
+            )
+        if len(data) < 1:
+            raise TaskError("Task.data has no examples")
+        return data
+
+    @functools.cached_property
+    def tree(self) -> ParameterTree:
+        """The parameters' names, shapes and structure, by tracing `init`.
+
+        Raises:
+          LayoutError: See `ParameterTree`.
+        """
+        return ParameterTree(jax.eval_shape(self.init, jax.random.key(self.seed)))
+
+    def restore(self, weights: Mapping[str, Any]) -> PyTree:
+        """The user's own tree from named weights, such as `Client.pull` gives.
+
+        Raises:
+          LayoutError: The names or shapes are of another model.
+        """
+        return self.tree.restore_named(weights)
+
+
+def batch_sizes(task: Task, batch_size: int) -> list[int]:
+    """The leading sizes that batches have: the full one, and the short last one if kept."""
+    full, short = divmod(len(task.dataset), batch_size)
+    sizes = [batch_size] if full else []
+    return [*sizes, short] if short and task.remainder == "keep" else sizes
+
+
+def batches_per_epoch(example_count: int, batch_size: int, remainder: str) -> int:
+    """How many batches one epoch has.
+
+    Raises:
+      TaskError: None: fewer examples than one batch, and the remainder is dropped.
+    """
+    full, short = divmod(example_count, batch_size)
+    count = full + (1 if short and remainder == "keep" else 0)
+    if count == 0:
+        raise TaskError(
+            f"an epoch has no batch: {example_count} examples, batch size {batch_size}, and the "
+            'short batch is dropped; use remainder="keep" or a smaller batch size'
+        )
+    return count
