@@ -191,9 +191,7 @@ def _aligned(offset: int) -> int:
 
 def _dtype(name: str, text: str) -> np.dtype:
     if text not in DTYPES:
-        raise LayoutError(
-            f"{name!r} has dtype {text!r}; a parameter is one of {', '.join(DTYPES)}"
-        )
+        raise LayoutError(f"{name!r} has dtype {text!r}; a parameter is one of {', '.join(DTYPES)}")
     return DTYPES[text]
 
 

@@ -21,9 +21,7 @@ _NATIVE = {
 }  # fmt: skip
 
 
-def save_weights(
-    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
+def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write `arrays` to `path`, replacing it only when everything is on disk.
 
     On return the file survives loss of power, if the disk keeps what it

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 
 from headwater.protos import parameter_server_pb2 as pb
@@ -100,15 +98,6 @@ class RunIdentity:
                 f"the worker's tensors differ from the server's (here: the worker, there: the "
                 f"server): {found}",
             )
-
-
-def software_versions(source_sha256: str) -> dict[str, str]:
-    """Of what may change a result, on this side."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "optax", "numpy")}
-    versions["python"] = platform.python_version()
-    if source_sha256:
-        versions["task source"] = source_sha256[:12]
-    return versions
 
 
 def _options(task: pb.TaskIdentity) -> str:

@@ -100,7 +100,9 @@ class Roster:
                 Reason.EVICTED, "this worker was evicted; start a new one to take part again"
             )
         if hello.attempt <= self._attempts.get(hello.instance, 0):
-            raise Refused(Reason.FENCED, f"attempt {hello.attempt} of this worker is not its newest")
+            raise Refused(
+                Reason.FENCED, f"attempt {hello.attempt} of this worker is not its newest"
+            )
         self._attempts[hello.instance] = hello.attempt
         old = next((m for m in self.members.values() if m.hello.instance == hello.instance), None)
         if old:

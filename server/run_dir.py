@@ -1,9 +1,9 @@
 """The run directory: where a run is kept.
 
-    run.json             what the run is: id, incarnation, task, settings
-    weights.safetensors  the newest durable version
-    metrics.jsonl        progress, evaluations and the end, a JSON object a line
-    lock                 held by the server that serves the run
+run.json             what the run is: id, incarnation, task, settings
+weights.safetensors  the newest durable version
+metrics.jsonl        progress, evaluations and the end, a JSON object a line
+lock                 held by the server that serves the run
 """
 
 from __future__ import annotations

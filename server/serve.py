@@ -31,7 +31,7 @@ from headwater.protos.layout import LayoutError
 from headwater.server.config import ServerConfig, split_address
 from headwater.server.coordinator import Coordinator
 from headwater.server.encoder import Encoder
-from headwater.server.identity import RunIdentity, software_versions
+from headwater.server.identity import RunIdentity
 from headwater.server.optimizer import resolve
 from headwater.server.order import ORDER_VERSION, BatchOrder
 from headwater.server.run_dir import RunDir
@@ -119,9 +119,7 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
     )
     return Prepared(
         config,
-        RunIdentity(
-            run_dir.run_id, identity, store.layout, software_versions(loaded.source_sha256)
-        ),
+        RunIdentity(run_dir.run_id, identity, store.layout, loaded.software()),
         order,
         store,
         run_dir,

@@ -202,9 +202,7 @@ class Session:
             incoming.received = end
             if end == total:
                 self._incoming = None
-                self._coordinator.received(
-                    member, incoming.ticket, incoming.push, incoming.buffer
-                )
+                self._coordinator.received(member, incoming.ticket, incoming.push, incoming.buffer)
 
     def _reject(self, member: Member, message: str) -> None:
         incoming = self._incoming

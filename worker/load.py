@@ -10,10 +10,11 @@ import ast
 import dataclasses
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
+import platform
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import UsageError
 from headwater.worker.task import Task
+from headwater.worker.user_code import user_traceback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,14 @@ class LoadedTask:
             batch_size=self.task.batch_size,
             seed=self.task.seed,
         )
+
+    def software(self) -> dict[str, str]:
+        """Versions of what may change a result, on this side."""
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "optax", "numpy")}
+        versions["python"] = platform.python_version()
+        if self.source_sha256:
+            versions["task source"] = self.source_sha256[:12]
+        return versions
 
 
 def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
@@ -80,20 +90,6 @@ def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     title = stem if name == "task" else f"{stem}-{name}"
     return LoadedTask(task, title, given, _source_sha256(module))
-
-
-def user_traceback(error: BaseException) -> str:
-    """The error's traceback from the user's own first frame on."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [i for i, f in enumerate(frames) if not _is_ours(f.filename)]
-    kept = traceback.format_list(frames[own[0] :] if own else frames)
-    return "".join(
-        ["Traceback (most recent call last):\n", *kept, *traceback.format_exception_only(error)]
-    ).rstrip()
-
-
-def _is_ours(filename: str) -> bool:
-    return Path(filename) == Path(__file__) or "importlib" in filename
 
 
 def _split_option(option: str) -> tuple[str, str]:

@@ -7,11 +7,11 @@ knows what was applied.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import secrets
 import socket
+import threading
 import time
 
 import jax
@@ -19,7 +19,6 @@ import numpy as np
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
-from headwater.protos.layout import Bytes, Layout
 from headwater.protos.rpc import PROTOCOL
 from headwater.protos.wire import parts
 from headwater.worker.data import batch_rng
@@ -28,51 +27,15 @@ from headwater.worker.link import Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
 from headwater.worker.task import batch_sizes
+from headwater.worker.weights import Weights
 
 log = logging.getLogger("headwater.worker")
 
+LEAVE_TIMEOUT_S = 5.0
+"""For the server's bye."""
+
 SAY_S = 10.0
 """Between lines about how it goes."""
-
-
-class Weights:
-    """One version of the weights, put together from its parts."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        # Two in turn: JAX may still use the older one where it lies.
-        self._buffers: itertools.cycle[Bytes] = itertools.cycle([layout.empty(), layout.empty()])
-        self._buffer = next(self._buffers)
-        self._received = 0
-        self.version = -1
-        """Complete; -1 before the first."""
-        self.leaves: list[np.ndarray] = []
-
-    def add(self, part: pb.WeightsPart, body: memoryview | None) -> None:
-        """Take one part in.
-
-        Raises:
-          HeadwaterError: It does not follow on the one before, or is of another size of model.
-        """
-        data = body if body is not None else memoryview(b"")
-        end = part.offset + len(data)
-        if part.offset == 0:
-            self._buffer, self._received = next(self._buffers), 0
-        if (
-            part.offset != self._received
-            or part.total_bytes != self._layout.total_bytes
-            or end > part.total_bytes
-        ):
-            raise HeadwaterError(
-                f"the server sent bytes {part.offset} to {end} of {part.total_bytes} of version "
-                f"{part.version}; byte {self._received} of {self._layout.total_bytes} was next"
-            )
-        if len(data):
-            self._buffer[part.offset : end] = np.frombuffer(data, np.uint8)
-        self._received = end
-        if end == part.total_bytes:
-            self.version = part.version
-            self.leaves = list(self._layout.views(self._buffer).values())
 
 
 class Worker:
@@ -91,7 +54,6 @@ class Worker:
         address: str,
         *,
         name: str = "",
-        software: dict[str, str] | None = None,
         connect_timeout_s: float = 60.0,
     ) -> None:
         self._loaded = loaded
@@ -109,7 +71,7 @@ class Worker:
             pid=os.getpid(),
             platform=jax.default_backend(),
             devices=1,
-            software=software or {},
+            software=loaded.software(),
         )
         self._weights = Weights(self._layout)
         self._outgoing = self._layout.empty()
@@ -194,8 +156,6 @@ class Worker:
             self._say_leave(link)
         elif message.HasField("ticket"):
             self._compute(link, message.ticket, message.stamp.incarnation)
-            if self._leaving:
-                log.info("leaving when this gradient has been answered")
         return False
 
     def _welcome(self, link: Link, welcome: pb.Welcome) -> None:
@@ -253,6 +213,9 @@ class Worker:
 
     def _say_leave(self, link: Link) -> None:
         link.send(pb.WorkerMessage(leave=pb.Leave()))
+        timer = threading.Timer(LEAVE_TIMEOUT_S, link.close)
+        timer.daemon = True
+        timer.start()
 
     # --------------------------------------------------------------- computing
 

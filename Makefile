@@ -1,0 +1,94 @@
+# Headwater's chores; `make` alone lists them. Needs Python 3.11 and nothing else:
+# the rest goes into $(VENV). Written for GNU make 3.81, which macOS ships.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
+PACKAGES := client examples protos server worker
+
+# What is installed is remembered by these files, and done again only when
+# pyproject.toml changes.
+CREATED := $(VENV)/.created
+PRODUCT := $(VENV)/.product
+DEV     := $(VENV)/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format protos bench clean
+
+help: ## list these targets
+	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12] [VENV=.venv]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: $(PRODUCT) ## train on handwritten digits here: one server, two workers (ARGS: options of `headwater run`)
+	@$(BIN)/headwater run --task headwater.examples.mnist --workers 2 $(ARGS)
+
+test: $(DEV) ## run the whole test suite (ARGS: options of pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## check format, style, types, and that the generated code is current
+	@$(BIN)/ruff format --check --quiet --diff .
+	@$(BIN)/ruff check --quiet .
+	@$(call link-tree)
+	@$(BIN)/mypy --no-error-summary build/lint/headwater benchmarks
+	@$(call generate,build/protos)
+	@for file in parameter_server_pb2.py parameter_server_pb2.pyi; do \
+	  diff -u "protos/$$file" "build/protos/headwater/protos/$$file" \
+	  || { echo "protos/$$file is not what the .proto gives: run make protos" >&2; exit 1; }; \
+	done
+
+format: $(DEV) ## put the code in its standard format, and fix what can be fixed safely
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix .
+
+protos: $(DEV) ## generate the Python code of protos/parameter_server.proto
+	@$(call generate,build/protos)
+	@cp build/protos/headwater/protos/parameter_server_pb2.py* protos/
+
+bench: $(DEV) ## measure speed on this machine (ARGS: options of benchmarks/run.py)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## remove the environment and everything else that was made, but not runs/
+	@rm -rf $(VENV) build dist headwater.egg-info .hypothesis .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(CREATED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Headwater needs Python 3.11 or newer, which $(PYTHON) is not: name one, as in make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv), or name another Python with PYTHON=" >&2; \
+	  exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(PRODUCT): $(CREATED) pyproject.toml
+	@echo "Installing Headwater into $(VENV); this takes a minute or two, once."
+	@$(PIP) install --editable '.[examples]'
+	@touch $@
+
+$(DEV): $(CREATED) pyproject.toml
+	@echo "Installing Headwater and its development tools into $(VENV); this takes a minute or two, once."
+	@$(PIP) install --editable '.[dev,examples]'
+	@touch $(PRODUCT) $@
+
+# Type checkers don't see an editable install, so show them the package as links.
+define link-tree
+rm -rf build/lint && mkdir -p build/lint/headwater && \
+for folder in $(PACKAGES); do \
+  ln -s "../../../$$folder" "build/lint/headwater/$$folder" || exit 1; \
+done && \
+for file in src/headwater/*.py*; do \
+  ln -s "../../../$$file" build/lint/headwater/ || exit 1; \
+done
+endef
+
+# $(call generate,FOLDER). The mapping names the file as the package does, so
+# that the generated import is of headwater.protos.
+define generate
+rm -rf $(1) && mkdir -p $(1) && \
+$(BIN)/python -m grpc_tools.protoc -Iheadwater/protos=protos --python_out=$(1) --pyi_out=$(1) \
+  headwater/protos/parameter_server.proto
+endef

@@ -1,0 +1,1 @@
+"""Looks and steers: the Python `Client`, the `headwater` command, and starting processes here."""

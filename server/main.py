@@ -1,0 +1,167 @@
+"""`headwater server`: keeps the weights of one run and serves them until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from headwater.protos import command
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import RunFailed
+from headwater.protos.rpc import DEFAULT_ADDRESS
+from headwater.server.config import ServerConfig
+from headwater.worker.options import TaskArg, TaskOptions
+
+if TYPE_CHECKING:
+    from headwater.server.serve import Ended, Prepared
+    from headwater.worker.load import LoadedTask
+
+log = logging.getLogger("headwater.server")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def server(
+    task: TaskArg,
+    task_option: TaskOptions = None,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
+    ] = DEFAULT_ADDRESS,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let other machines in, in clear text and without tokens."),
+    ] = False,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the run is kept. Default: runs/TASK-RUN_ID."),
+    ] = None,
+    consistency: Annotated[
+        str, typer.Option(help="async: every gradient is applied when it arrives.")
+    ] = "async",
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="How often every example is used.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Examples in a batch.")
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="An optax expression, such as 'adam(1e-3)'."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of initial weights, order and keys.")
+    ] = None,
+    exit_when_done: Annotated[
+        bool, typer.Option("--exit-when-done", help="End when the run is finished.")
+    ] = False,
+    on_nonfinite: Annotated[
+        Literal["end", "skip"],
+        typer.Option(help="A batch that nobody can compute ends the run, or is left out."),
+    ] = "end",
+    max_staged_bytes: Annotated[
+        int, typer.Option(metavar="BYTES", help="Of gradients on their way into the weights.")
+    ] = ServerConfig.max_staged_bytes,
+    session_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of silence, before a worker is forgotten.")
+    ] = ServerConfig.session_timeout_s,
+    ticket_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="Without progress, before a batch is given to another worker; at least ten of "
+            "the worker's own slowest steps.",
+        ),
+    ] = ServerConfig.ticket_timeout_s,
+    platform: Annotated[
+        str, typer.Option(metavar="cpu|gpu|tpu", help="Where the optimizer runs.")
+    ] = "cpu",
+) -> None:
+    """Keep the weights of one run and apply the workers' gradients to them.
+
+    Each option overrides the task's own value. Ctrl-C or SIGTERM keeps the weights and ends.
+    """
+    config = ServerConfig(
+        listen=listen,
+        insecure=insecure,
+        run_dir=run_dir,
+        consistency=consistency,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        seed=seed,
+        exit_when_done=exit_when_done,
+        on_nonfinite=on_nonfinite,
+        max_staged_bytes=max_staged_bytes,
+        session_timeout_s=session_timeout,
+        ticket_timeout_s=ticket_timeout,
+    )
+    # The gradients' owners are elsewhere: a GPU here is better left to a worker.
+    command.set_platform(platform)
+    from headwater.server.serve import prepare
+    from headwater.worker.load import load_task
+    from headwater.worker.user_code import guard_user_code
+
+    loaded = load_task(task, task_option or ())
+    with guard_user_code(f"the task {loaded.name} raised"):
+        prepared = prepare(loaded, config)
+    ended, interrupted = asyncio.run(_serve(prepared, loaded, task))
+    prepared.run_dir.close()
+    if ended.state == pb.RUN_FAILED:
+        raise RunFailed(f"{ended.message}. The weights of version {ended.version} are in "
+                        f"{prepared.run_dir.weights_path}")  # fmt: skip
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[Ended, bool]:
+    """Serve until the end; the second value tells whether Ctrl-C was the cause."""
+    from headwater.server.serve import Serving
+
+    serving = Serving(prepared)
+    received: list[int] = []
+
+    def on_signal(number: int) -> None:
+        if received:  # the second ends it at once
+            os._exit(128 + number)
+        received.append(number)
+        serving.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+
+    def on_ready(address: str) -> None:
+        order, layout = prepared.order, prepared.store.layout
+        log.info(
+            "%s: %s parameters in %d tensors; %s; %d epochs of %d batches of %d",
+            loaded.name, f"{layout.element_count:,}", len(layout.tensors),
+            prepared.optimizer_text, order.epochs, order.per_epoch, order.batch_size,
+        )  # fmt: skip
+        log.info("run directory %s", prepared.run_dir.path)
+        log.info("listening on %s; add workers with", address)
+        log.info("    headwater worker --task %s --server %s", spec, address)
+        command.announce_ready(address, prepared.run_dir.path, prepared.run_dir.run_id)
+
+    ended = await serving.run(on_ready)
+    names = {pb.RUN_FINISHED: "finished", pb.RUN_FAILED: "failed"}
+    log.info(
+        "%s at version %d; its weights are in %s",
+        names.get(ended.state, "stopped"), ended.version, prepared.run_dir.weights_path,
+    )  # fmt: skip
+    return ended, signal.SIGINT in received
+
+
+def main() -> None:
+    command.watch_lifeline(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    command.run(app, "headwater server")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""`headwater evaluate`: the task's own evaluation of the weights being served.
+
+A process of its own, so that evaluating slows no worker. With --follow it
+evaluates at the end of every epoch and reports to the server, until the run is
+over; it never lags, because it always takes the newest version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import grpc
+import typer
+
+from headwater.protos import command, rpc
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
+from headwater.worker.options import Platform, ServerAddress, TaskArg, TaskOptions
+
+if TYPE_CHECKING:
+    from headwater.worker.load import LoadedTask
+
+log = logging.getLogger("headwater.evaluate")
+
+WAIT_S = 30.0
+"""Seconds that one Pull waits for the next version to evaluate."""
+
+RPC_TIMEOUT_S = 10.0
+
+_OVER = {pb.RUN_FINISHED, pb.RUN_FAILED, pb.RUN_STOPPING}
+
+app = typer.Typer(add_completion=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one version was found to be."""
+
+    run_id: str
+    incarnation: int
+    version: int
+    epoch: int
+    metrics: Mapping[str, float]
+    seconds: float
+
+    def line(self) -> str:
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in sorted(self.metrics.items()))
+        return f"version {self.version} (epoch {self.epoch})  {figures}  [{self.seconds:.1f} s]"
+
+
+def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[Evaluation]:
+    """Evaluate the served weights, and report to the server; once, or until the run is over.
+
+    Raises:
+      UsageError: The task has no `evaluate`, or it returned something else than
+        a dict of numbers. What the user's own code raises goes through.
+      Refused: The server serves other tensors.
+      Unreachable: No server; with `follow`, only before it was first reached.
+    """
+    from headwater.worker.reading import Reader
+
+    task = loaded.task
+    if task.evaluate is None:
+        raise UsageError(
+            f"the task {loaded.name} has no evaluate; give Task(evaluate=...) a function of the "
+            "parameters that returns a dict of numbers"
+        )
+    reader = Reader(address, task.tree.layout)
+    request = pb.PullRequest(evaluates=follow)
+    evaluated = -1
+    try:
+        while True:
+            try:
+                read = reader.pull(request)
+            except Unreachable as error:
+                if not request.run_id:
+                    raise
+                log.warning("%s; trying again", error)
+                time.sleep(1)
+                continue
+            request.run_id = read.run_id
+            request.seen_incarnation = read.stamp.incarnation
+            version = read.weights.version
+            if version != evaluated and (read.state in _OVER or version >= request.min_version):
+                began = time.perf_counter()
+                metrics = _numbers(task.evaluate(task.tree.restore(read.weights.leaves)))
+                seconds = time.perf_counter() - began
+                evaluated = version
+                found = Evaluation(
+                    read.run_id, read.stamp.incarnation, version, read.epoch, metrics, seconds
+                )
+                _report(reader.stub, found, address)
+                yield found
+            if read.state in _OVER or not follow:
+                return
+            request.min_version = _next_epoch(reader.stub, evaluated, address)
+            request.wait_s = WAIT_S
+    finally:
+        reader.close()
+
+
+def _numbers(metrics: object) -> dict[str, float]:
+    try:
+        if not isinstance(metrics, Mapping) or not metrics:
+            raise TypeError(f"it returned {metrics!r}")
+        return {str(name): float(value) for name, value in metrics.items()}
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f'Task.evaluate must return a dict of numbers, such as {{"accuracy": 0.9}}: {error}'
+        ) from None
+
+
+def _report(stub: rpc.Stub, found: Evaluation, address: str) -> None:
+    """Tell the server; that it is no longer there does not spoil the evaluation."""
+    report = pb.EvaluationReport(
+        incarnation=found.incarnation,
+        version=found.version,
+        metrics=found.metrics,
+        duration_s=found.seconds,
+    )
+    try:
+        stub.ReportEvaluation(report, timeout=RPC_TIMEOUT_S)
+    except grpc.RpcError as error:
+        log.warning("the evaluation was not reported: %s", from_rpc_error(error, address))
+
+
+def _next_epoch(stub: rpc.Stub, version: int, address: str) -> int:
+    """The version at which about one more epoch is complete; the next where that is unknown."""
+    try:
+        status = stub.GetStatus(pb.StatusRequest(), timeout=RPC_TIMEOUT_S)
+    except grpc.RpcError as error:
+        log.warning("%s", from_rpc_error(error, address))
+        return version + 1
+    if not status.HasField("batches_total") or not status.epochs:
+        return version + 1
+    per_epoch = status.batches_total // status.epochs
+    # Batches that were left out make no version: never wait past the end.
+    last = status.batches_total - status.skipped
+    return min((version // per_epoch + 1) * per_epoch, max(last, version + 1), status.batches_total)
+
+
+@app.command()
+def evaluate(
+    task: TaskArg,
+    task_option: TaskOptions = None,
+    server: ServerAddress = rpc.DEFAULT_ADDRESS,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Evaluate every epoch, until the run is over.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
+    platform: Platform = None,
+    nice: Annotated[
+        int, typer.Option(min=0, max=19, help="Give way to other processes; 19 the most.")
+    ] = 0,
+) -> None:
+    """Evaluate the served weights with the task's own evaluate, and report the result back."""
+    if nice:
+        os.nice(nice)
+    command.set_platform(platform)
+    from headwater.worker.load import load_task
+    from headwater.worker.user_code import guard_user_code
+
+    loaded = load_task(task, task_option or ())
+    with guard_user_code(f"evaluating the task {loaded.name} raised"):
+        for found in evaluations(loaded, server, follow=follow):
+            print(json.dumps(dataclasses.asdict(found)) if as_json else found.line(), flush=True)
+
+
+def main() -> None:
+    command.watch_lifeline(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    command.run(app, "headwater evaluate")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The command-line options that all commands with a task have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from headwater.protos import command
+
+TaskArg = Annotated[
+    str, typer.Option(metavar="TASK", help="file.py[:NAME] or package.module[:NAME].")
+]
+TaskOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task-option",
+        metavar="NAME=VALUE",
+        help="An argument of the task's function; may be given again.",
+    ),
+]
+ServerAddress = Annotated[
+    str,
+    typer.Option(metavar="HOST:PORT", envvar=command.SERVER_ENV, help="The server's address."),
+]
+Platform = Annotated[
+    str | None,
+    typer.Option(metavar="cpu|gpu|tpu", help="Where JAX computes. Default: its own choice."),
+]
