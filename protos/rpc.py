@@ -14,11 +14,15 @@ import grpc
 from google.protobuf import message_factory
 
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import UsageError
 
 PROTOCOL = 1
 """Of the .proto; a peer with another number is refused."""
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+SERVER_ENV = "HEADWATER_SERVER"
+"""The environment variable that names the server where --server does not."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
 _RAW = {pb.WorkerMessage.DESCRIPTOR.full_name, pb.ServerMessage.DESCRIPTOR.full_name,
@@ -74,8 +78,30 @@ class Stub:
         raise AttributeError(f"the service has no method {name!r}")
 
 
+def split_address(address: str, flag: str) -> tuple[str, int]:
+    """HOST:PORT as its two parts; IPv6 hosts stand in brackets.
+
+    Raises:
+      UsageError: It has no port, or one out of range; names `flag`.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{flag} takes HOST:PORT such as {DEFAULT_ADDRESS}, not {address!r}")
+    return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The opposite of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def connect(address: str) -> grpc.Channel:
-    """A plain-text channel to `address` (host:port) with the settings above."""
+    """A plain-text channel to `address` (HOST:PORT) with the settings above.
+
+    Raises:
+      UsageError: It is not HOST:PORT.
+    """
+    split_address(address, "--server")
     return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from headwater.protos.errors import UsageError
-from headwater.protos.rpc import DEFAULT_ADDRESS
+from headwater.protos.rpc import DEFAULT_ADDRESS, split_address
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,18 +87,6 @@ class ServerConfig:
         ):
             if seconds <= 0:
                 raise UsageError(f"--{flag} {seconds} must be more than 0 seconds")
-
-
-def split_address(address: str, flag: str) -> tuple[str, int]:
-    """HOST:PORT as its two parts; IPv6 hosts stand in brackets.
-
-    Raises:
-      UsageError: It has no port, or one out of range; names `flag`.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{flag} takes HOST:PORT such as 127.0.0.1:50051, not {address!r}")
-    return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:

@@ -2,7 +2,7 @@
 
 Lives on the event loop, alone touches leases and tickets, and never waits. The
 state machines decide (ledger, admission, refusals, roster); the applier thread
-does the arithmetic; sessions do the talking; the ending is in ending.py.
+does the arithmetic; sessions do the talking; the ending is in serve.py.
 """
 
 from __future__ import annotations

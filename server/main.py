@@ -17,6 +17,7 @@ from headwater.protos.errors import RunFailed
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.server.config import ServerConfig
 from headwater.worker.options import TaskArg, TaskOptions
+from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
     from headwater.server.serve import Ended, Prepared
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("headwater.server")
 
-app = typer.Typer(add_completion=False)
+app = command.new_app()
 
 
 @app.command()
@@ -103,7 +104,7 @@ def server(
         ticket_timeout_s=ticket_timeout,
     )
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
-    command.set_platform(platform)
+    use_platform(platform)
     from headwater.server.serve import prepare
     from headwater.worker.load import load_task
     from headwater.worker.user_code import guard_user_code
@@ -147,7 +148,14 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
         log.info("run directory %s", prepared.run_dir.path)
         log.info("listening on %s; add workers with", address)
         log.info("    headwater worker --task %s --server %s", spec, address)
-        command.announce_ready(address, prepared.run_dir.path, prepared.run_dir.run_id)
+        command.announce_ready(
+            {
+                "address": address,
+                "run_dir": str(prepared.run_dir.path),
+                "run_id": prepared.run_dir.run_id,
+                "evaluates": loaded.task.evaluate is not None,
+            }
+        )
 
     ended = await serving.run(on_ready)
     names = {pb.RUN_FINISHED: "finished", pb.RUN_FAILED: "failed"}

@@ -28,11 +28,12 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.errors import UsageError
 from headwater.protos.layout import LayoutError
-from headwater.server.config import ServerConfig, split_address
+from headwater.protos.rpc import join_address, split_address
+from headwater.server.config import ServerConfig
 from headwater.server.coordinator import Coordinator
 from headwater.server.encoder import Encoder
 from headwater.server.identity import RunIdentity
-from headwater.server.optimizer import resolve
+from headwater.server.optimizer import check, resolve
 from headwater.server.order import ORDER_VERSION, BatchOrder
 from headwater.server.run_dir import RunDir
 from headwater.server.service import Service
@@ -40,6 +41,7 @@ from headwater.server.status import status
 from headwater.server.store import NotFinite, Published, Store
 from headwater.worker.load import LoadedTask
 from headwater.worker.task import TaskError
+from headwater.worker.user_code import guard_user_code
 
 log = logging.getLogger("headwater.server")
 
@@ -93,7 +95,9 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
             remainder=task.remainder,
         )
         optimizer = resolve(config.optimizer or task.optimizer, order.total)
-        params = task.init(jax.random.key(order.seed))
+        with guard_user_code("Task.init raised"):
+            params = task.init(jax.random.key(order.seed))
+        check(optimizer, params)
         store = Store(task.tree, params, optimizer, incarnation=1)
     except NotFinite as error:
         raise UsageError(f"init gave weights that are not finite: {error}") from None
@@ -165,7 +169,7 @@ class Serving:
         except RuntimeError:
             raise port_taken(config.listen) from None
         await server.start()
-        on_ready(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        on_ready(join_address(host, port))
         began = time.monotonic()
         try:
             async with self._background(self._tick(), self._log_progress(), self._shuffle_ahead()):

@@ -73,12 +73,18 @@ class Service:
     async def Pull(self, request: pb.PullRequest, context: Context) -> None:
         run = self._run
         run.identity.check_run(request.run_id, request.seen_incarnation, run.current.incarnation)
+        same_life = request.seen_incarnation == run.current.incarnation
+        if same_life and request.have_version > run.current.version:
+            raise Refused(
+                Reason.FUTURE_VERSION,
+                f"version {request.have_version} of incarnation {run.current.incarnation} has "
+                f"never been made; the newest is version {run.current.version}",
+            )
         await self._wait(request)
         published = run.current
         first = pb.PullReply(
             stamp=run.stamp(), run_id=run.identity.run_id, state=run.state, epoch=run.ledger.epoch
         )
-        same_life = request.seen_incarnation == published.incarnation
         if same_life and request.have_version and request.have_version == published.version:
             await self._write(context, frame(first))
             return
@@ -91,12 +97,6 @@ class Service:
 
     async def _wait(self, request: pb.PullRequest) -> None:
         run = self._run
-        if request.min_version > run.ledger.total:
-            raise Refused(
-                Reason.FUTURE_VERSION,
-                f"version {request.min_version} will never be: the run ends at version "
-                f"{run.ledger.total}",
-            )
         wait_s = min(max(request.wait_s, 0.0), MAX_WAIT_S) if math.isfinite(request.wait_s) else 0.0
         if request.evaluates:
             run.evaluations.begin_wait()

@@ -22,7 +22,8 @@ import typer
 from headwater.protos import command, rpc
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
-from headwater.worker.options import Platform, ServerAddress, TaskArg, TaskOptions
+from headwater.worker.options import Platform, TaskArg, TaskOptions
+from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
     from headwater.worker.load import LoadedTask
@@ -36,7 +37,7 @@ RPC_TIMEOUT_S = 10.0
 
 _OVER = {pb.RUN_FINISHED, pb.RUN_FAILED, pb.RUN_STOPPING}
 
-app = typer.Typer(add_completion=False)
+app = command.new_app()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
       Refused: The server serves other tensors.
       Unreachable: No server; with `follow`, only before it was first reached.
     """
-    from headwater.worker.reading import Reader
+    from headwater.protos.reading import Reader
 
     task = loaded.task
     if task.evaluate is None:
@@ -87,6 +88,7 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
                 continue
             request.run_id = read.run_id
             request.seen_incarnation = read.stamp.incarnation
+            assert read.weights is not None  # no version was named as known
             version = read.weights.version
             if version != evaluated and (read.state in _OVER or version >= request.min_version):
                 began = time.perf_counter()
@@ -150,7 +152,7 @@ def _next_epoch(stub: rpc.Stub, version: int, address: str) -> int:
 def evaluate(
     task: TaskArg,
     task_option: TaskOptions = None,
-    server: ServerAddress = rpc.DEFAULT_ADDRESS,
+    server: command.ServerAddress = rpc.DEFAULT_ADDRESS,
     follow: Annotated[
         bool, typer.Option("--follow", help="Evaluate every epoch, until the run is over.")
     ] = False,
@@ -163,7 +165,7 @@ def evaluate(
     """Evaluate the served weights with the task's own evaluate, and report the result back."""
     if nice:
         os.nice(nice)
-    command.set_platform(platform)
+    use_platform(platform)
     from headwater.worker.load import load_task
     from headwater.worker.user_code import guard_user_code
 

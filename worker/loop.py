@@ -27,7 +27,7 @@ from headwater.worker.link import Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
 from headwater.worker.task import batch_sizes
-from headwater.worker.weights import Weights
+from headwater.protos.assembly import Weights
 
 log = logging.getLogger("headwater.worker")
 

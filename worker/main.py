@@ -10,19 +10,20 @@ import typer
 
 from headwater.protos import command
 from headwater.protos.rpc import DEFAULT_ADDRESS
-from headwater.worker.options import Platform, ServerAddress, TaskArg, TaskOptions
+from headwater.worker.options import Platform, TaskArg, TaskOptions
+from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
     from headwater.worker.loop import Worker
 
-app = typer.Typer(add_completion=False)
+app = command.new_app()
 
 
 @app.command()
 def worker(
     task: TaskArg,
     task_option: TaskOptions = None,
-    server: ServerAddress = DEFAULT_ADDRESS,
+    server: command.ServerAddress = DEFAULT_ADDRESS,
     name: Annotated[str, typer.Option(help="Shown in status. Default: worker-N.")] = "",
     platform: Platform = None,
     connect_timeout: Annotated[
@@ -35,7 +36,7 @@ def worker(
     ] = 60.0,
 ) -> None:
     """Compute gradients for a server. Ctrl-C or SIGTERM finishes the one in hand and leaves."""
-    command.set_platform(platform)
+    use_platform(platform)
     from headwater.worker.load import load_task
     from headwater.worker.loop import Worker
     from headwater.worker.user_code import guard_user_code

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from headwater.protos import command
-
 TaskArg = Annotated[
     str, typer.Option(metavar="TASK", help="file.py[:NAME] or package.module[:NAME].")
 ]
@@ -18,10 +16,6 @@ TaskOptions = Annotated[
         metavar="NAME=VALUE",
         help="An argument of the task's function; may be given again.",
     ),
-]
-ServerAddress = Annotated[
-    str,
-    typer.Option(metavar="HOST:PORT", envvar=command.SERVER_ENV, help="The server's address."),
 ]
 Platform = Annotated[
     str | None,

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("client", "examples", "protos", "server", "worker")
 
 _API = tuple(f"headwater.{name}" for name in headwater.__all__)
-_TASK_API = tuple(f"headwater.worker.{room}" for room in ("task", "data", "tree", "load"))
+_TASK_API = tuple(f"headwater.worker.{room}" for room in ("task", "data", "tree", "load", "options", "platform", "user_code"))
 
 ARROWS = {
     "headwater": ("headwater",),  # all of it on first use; another test holds the laziness

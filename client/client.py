@@ -1,0 +1,220 @@
+"""`Client`: looks at a running server, takes its weights, and steers it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from headwater.client.status import Status, as_dict
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos import rpc
+from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
+
+if TYPE_CHECKING:  # quick commands do without NumPy
+    import numpy as np
+
+    from headwater.protos.reading import Read, Reader
+
+log = logging.getLogger("headwater.client")
+
+RPC_TIMEOUT_S = 10.0
+WAIT_S = 30.0
+"""Seconds that one Pull of a subscription waits; it is asked again without end."""
+
+_OVER = {pb.RUN_FINISHED, pb.RUN_FAILED, pb.RUN_STOPPING}
+
+
+class Weights(dict[str, "np.ndarray"]):
+    """The weights of one version, by name. The arrays are the caller's own."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], read: Read) -> None:
+        super().__init__(arrays)
+        self.run_id = read.run_id
+        self.incarnation = read.stamp.incarnation
+        """With `version`, names this state of the weights for ever."""
+        self.version = read.stamp.version
+        self.epoch = read.epoch
+        """The lowest epoch that was not complete, from 0."""
+
+
+class Client:
+    """A connection to a server; made at once, used when something is asked.
+
+        with Client("127.0.0.1:50051") as client:
+            weights = client.pull()
+
+    Every method raises Unreachable when no server answers, and Refused, with a
+    `reason`, when the server says no.
+
+    Args:
+      address: HOST:PORT; by default the environment's HEADWATER_SERVER, else
+        127.0.0.1:50051.
+      timeout_s: For the answer to one question.
+    """
+
+    def __init__(self, address: str | None = None, *, timeout_s: float = RPC_TIMEOUT_S) -> None:
+        self.address = address or os.environ.get(rpc.SERVER_ENV) or rpc.DEFAULT_ADDRESS
+        self._timeout_s = timeout_s
+        self._channel = rpc.connect(self.address)
+        self._stub = rpc.Stub(self._channel)
+        self._opened_reader: Reader | None = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. The server goes on."""
+        self._channel.close()
+        if self._opened_reader is not None:
+            self._opened_reader.close()
+
+    # ----------------------------------------------------------------- looking
+
+    def status(self) -> Status:
+        """How the run is doing: the values of `headwater status --json`."""
+        return as_dict(self._ask("GetStatus", pb.StatusRequest()))
+
+    def pull(self) -> Weights:
+        """The newest version of the weights, whole."""
+        return self._named(self._reader.pull(pb.PullRequest()))
+
+    def subscribe(self, *, every: int = 1, timeout_s: float | None = None) -> Iterator[Weights]:
+        """Fresh weights as they come: the current ones at once, then at least `every` versions on.
+
+        Each is the newest there is, so a slow reader skips versions and never
+        lags. Ends after the final version of the run. A server that goes away
+        is waited for: when it comes back as an older copy of the run, Refused
+        is raised.
+
+        Args:
+          every: Versions from one to the next; the last may come sooner.
+          timeout_s: Seconds without new weights after which TimeoutError is
+            raised; None waits as long as it takes.
+
+        Raises:
+          UsageError: `every` is less than 1.
+          TimeoutError: See `timeout_s`.
+          Unreachable: No server answers the first time.
+        """
+        if every < 1:
+            raise UsageError(f"subscribe(every={every}): it must be at least 1")
+        request = pb.PullRequest()
+        heard = time.monotonic()
+        while True:
+            request.wait_s = WAIT_S if request.run_id else 0.0
+            if timeout_s is not None:
+                request.wait_s = min(request.wait_s, max(heard + timeout_s - time.monotonic(), 0))
+            read = self._patiently(request, heard, timeout_s)
+            fresh = read.weights is not None and (
+                read.state in _OVER
+                or read.stamp.version >= request.min_version
+                or read.stamp.incarnation != request.seen_incarnation
+            )
+            if fresh:
+                yield self._named(read)
+                heard = time.monotonic()
+                request.have_version = read.stamp.version
+                request.seen_incarnation = read.stamp.incarnation
+                request.run_id = read.run_id
+                request.min_version = read.stamp.version + every
+            if read.state in _OVER:
+                return
+            if timeout_s is not None and time.monotonic() - heard > timeout_s:
+                raise TimeoutError(
+                    f"no version {request.min_version} from {self.address} within {timeout_s} s; "
+                    f"the newest is {read.stamp.version}"
+                )
+
+    # ---------------------------------------------------------------- steering
+
+    def report_evaluation(
+        self, weights: Weights, metrics: Mapping[str, float], *, seconds: float = 0.0
+    ) -> str:
+        """Tell the server what an evaluation of `weights` found; shown in status.
+
+        Args:
+          weights: As pulled; says which version was evaluated.
+          metrics: Such as {"accuracy": 0.97}.
+          seconds: How long it took.
+        """
+        return self._steer(
+            "ReportEvaluation",
+            pb.EvaluationReport(
+                incarnation=weights.incarnation,
+                version=weights.version,
+                metrics=metrics,
+                duration_s=seconds,
+            ),
+        )
+
+    def pause(self) -> str:
+        """Hold the weights at their version until `resume`. Returns what was done."""
+        return self._steer("Pause", pb.PauseRequest())
+
+    def resume(self) -> str:
+        """Undo `pause`."""
+        return self._steer("Resume", pb.ResumeRequest())
+
+    def evict(self, worker: str) -> str:
+        """Take a worker, by name or id, out of the run for this life of the server.
+
+        Raises:
+          Refused: UNKNOWN_WORKER; names those that are connected.
+        """
+        return self._steer("Evict", pb.EvictRequest(worker=worker))
+
+    def stop(self) -> str:
+        """End the server in order: its weights are kept, its workers exit 0."""
+        return self._steer("Stop", pb.StopRequest())
+
+    # --------------------------------------------------------------- privately
+
+    @property
+    def _reader(self) -> Reader:
+        if self._opened_reader is None:
+            from headwater.protos.reading import Reader
+
+            self._opened_reader = Reader(self.address)
+        return self._opened_reader
+
+    def _patiently(self, request: pb.PullRequest, heard: float, timeout_s: float | None) -> Read:
+        """Pull, and outlast a server that is away, unless it never was there."""
+        pause_s = 0.1
+        while True:
+            try:
+                return self._reader.pull(request)
+            except Unreachable as error:
+                late = timeout_s is not None and time.monotonic() - heard > timeout_s
+                if not request.run_id or late:
+                    raise
+                log.warning("%s; trying again", error)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 2.0)
+
+    def _named(self, read: Read) -> Weights:
+        assert read.weights is not None  # only a known version comes without
+        names = [spec.name for spec in read.weights.layout.tensors]
+        return Weights(dict(zip(names, read.weights.leaves, strict=True)), read)
+
+    def _steer(self, method: str, request: Any) -> str:
+        return str(self._ask(method, request).message)
+
+    def _ask(self, method: str, request: Any) -> Any:
+        try:
+            return getattr(self._stub, method)(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, self.address) from None

@@ -1,0 +1,274 @@
+"""The commands that look at a server and steer it, and `run`, which starts one."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+
+import headwater
+from headwater.client import show
+from headwater.client.client import Client
+from headwater.client.main import PROCESSES, become
+from headwater.client.status import Status
+from headwater.protos.command import ServerAddress, new_app
+from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
+from headwater.protos.rpc import DEFAULT_ADDRESS
+
+GONE_S = 60.0
+"""Seconds without an answer after which `watch` gives a server up."""
+
+STOP_TIMEOUT_S = 30.0
+"""For a server to be gone after `stop`."""
+
+OVER = ("finished", "failed", "stopping")
+"""States after which nothing changes any more."""
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = new_app(
+    no_args_is_help=True,
+    help="A parameter server for JAX. Start a server, start workers anywhere, look and steer.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"headwater {headwater.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def headwater_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    pass
+
+
+_ANY_ARGUMENTS = {
+    "ignore_unknown_options": True,
+    "allow_extra_args": True,
+    "help_option_names": [],
+}
+
+
+def _list_process(name: str, help_text: str) -> None:
+    """Have `headwater --help` list a command that is a process of its own."""
+
+    def command(context: typer.Context) -> None:
+        become(name, context.args)
+
+    app.command(name, help=help_text, context_settings=_ANY_ARGUMENTS)(command)
+
+
+for _name, (_, _help) in PROCESSES.items():
+    _list_process(_name, _help)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def run(
+    context: typer.Context,
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="file.py[:NAME] or package.module[:NAME].")
+    ],
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Worker processes here.")] = 2,
+    task_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of the task's function; repeatable."),
+    ] = None,
+    platform: Annotated[
+        str | None, typer.Option(metavar="cpu|gpu|tpu", help="Where the workers compute.")
+    ] = None,
+) -> None:
+    """Train here: a server, N workers, a progress bar, and the final metrics.
+
+    Every option of `headwater server` may be given as well, such as --epochs, --listen, --run-dir.
+    """
+    from headwater.client.run import Training
+
+    training = Training(
+        task=task,
+        task_options=task_option or [],
+        workers=workers,
+        platform=platform,
+        server_options=context.args,
+    )
+    raise typer.Exit(training.run())
+
+
+# ------------------------------------------------------------------- looking
+
+
+@app.command()
+def status(server: ServerAddress = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """How the run is doing."""
+    with Client(server) as client:
+        found = client.status()
+    if as_json:
+        _print_json(found)
+    else:
+        Console().print(show.status_screen(found), soft_wrap=True)
+
+
+@app.command()
+def workers(server: ServerAddress = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Who is connected, and what each one does."""
+    with Client(server) as client:
+        found = client.status()["workers"]
+    if as_json:
+        _print_json(found)
+    elif found:
+        Console().print(show.workers_table(found))
+    else:
+        print(f"no worker is connected; start one with: headwater worker --task … --server {server}")
+
+
+@app.command()
+def watch(
+    server: ServerAddress = DEFAULT_ADDRESS,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.1, help="Between looks.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
+) -> None:
+    """Status and workers, live until the run is over; a line a look where there is no terminal."""
+    console = Console()
+    with Client(server) as client:
+        looks = _looks(client, interval)
+        if as_json:
+            for found in looks:
+                _print_json(found, indent=None)
+        elif console.is_terminal:
+            with Live(console=console, auto_refresh=False) as live:
+                for found in looks:
+                    table = show.workers_table(found["workers"])
+                    live.update(Group(show.status_screen(found), "", table), refresh=True)
+        else:
+            for found in looks:
+                print(show.one_line(found), flush=True)
+
+
+def _looks(client: Client, interval_s: float) -> Iterator[Status]:
+    """The status, again and again until the run is over.
+
+    Raises:
+      Unreachable: At the first look, or when the server is gone for a minute.
+    """
+    found = client.status()
+    heard = time.monotonic()
+    while True:
+        yield found
+        if found["state"] in OVER:
+            return
+        time.sleep(interval_s)
+        try:
+            found = client.status()
+            heard = time.monotonic()
+        except Unreachable:
+            if found["batches_applied"] == found["batches_total"]:
+                return  # it had just finished
+            if time.monotonic() - heard > GONE_S:
+                raise
+
+
+@app.command()
+def pull(
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Written whole or not.")],
+    server: ServerAddress = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Take the newest weights, as one safetensors file."""
+    from headwater.protos.weights_file import save_weights
+
+    if not out.parent.is_dir():
+        raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
+    began = time.perf_counter()
+    with Client(server) as client:
+        weights = client.pull()
+    facts = {
+        "run_id": weights.run_id,
+        "incarnation": weights.incarnation,
+        "version": weights.version,
+        "epoch": weights.epoch,
+    }
+    try:
+        save_weights(out, weights, {name: str(value) for name, value in facts.items()})
+    except OSError as error:
+        raise HeadwaterError(
+            f"{out} could not be written: {error.strerror}; what was there before is as it was"
+        ) from None
+    count = sum(array.nbytes for array in weights.values())
+    if as_json:
+        _print_json({"file": str(out), "tensors": len(weights), "bytes": count, **facts})
+    else:
+        print(
+            f"version {weights.version} of run {weights.run_id}: {len(weights)} tensors, "
+            f"{show.size(count)}, in {time.perf_counter() - began:.2f} s -> {out}"
+        )
+
+
+# ------------------------------------------------------------------ steering
+
+
+@app.command()
+def pause(server: ServerAddress = DEFAULT_ADDRESS) -> None:
+    """Hold the weights at their version, until `resume`."""
+    _steer(server, Client.pause)
+
+
+@app.command()
+def resume(server: ServerAddress = DEFAULT_ADDRESS) -> None:
+    """Undo `pause`."""
+    _steer(server, Client.resume)
+
+
+@app.command()
+def evict(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A name or an id.")],
+    server: ServerAddress = DEFAULT_ADDRESS,
+) -> None:
+    """Take a worker out of the run, and what it was doing back."""
+    _steer(server, lambda client: client.evict(worker))
+
+
+@app.command()
+def stop(server: ServerAddress = DEFAULT_ADDRESS) -> None:
+    """End the server in order: its weights are kept, its workers exit 0."""
+    with Client(server) as client:
+        print(client.stop(), flush=True)
+        end = time.monotonic() + STOP_TIMEOUT_S
+        while time.monotonic() < end:
+            try:
+                client.status()
+            except HeadwaterError:
+                print("stopped")
+                return
+            time.sleep(0.1)
+    raise HeadwaterError(f"the server at {server} still answers after {STOP_TIMEOUT_S:.0f} s")
+
+
+def _steer(server: str, what: Callable[[Client], str]) -> None:
+    with Client(server) as client:
+        print(what(client))
+
+
+def _print_json(value: Any, indent: int | None = 2) -> None:
+    print(json.dumps(_finite(value), indent=indent, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,304 @@
+"""`headwater run`: a server and its workers on this machine, from start to end.
+
+All processes are started at once, for each takes seconds to load JAX. The
+server ends by itself when the run is finished; the others follow it. Whatever
+happens, no process of ours is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from headwater.client import show
+from headwater.client.client import Client
+from headwater.client.processes import (
+    Child,
+    core_count,
+    free_address,
+    is_free,
+    kill_all,
+    wait_all,
+)
+from headwater.client.progress import Display
+from headwater.protos.errors import HeadwaterError, RunFailed
+from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
+
+POLL_S = 0.25
+FOLLOW_TIMEOUT_S = 10.0
+"""For workers to end after their server."""
+
+STOP_TIMEOUT_S = 3.0
+"""For the server to end in order after Ctrl-C, and KILL_S later all is killed: 5 s in all."""
+KILL_S = 1.2
+
+EVALUATOR_NICE = 10
+"""Evaluation gives way to training."""
+
+
+class _Stopped(BaseException):
+    """A signal asked for the end. Not an Exception, which others may catch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@dataclasses.dataclass(kw_only=True)
+class Training:
+    """One `headwater run`. `run` returns its exit status."""
+
+    task: str
+    task_options: Sequence[str]
+    workers: int
+    platform: str | None
+    server_options: Sequence[str]
+    """Options of `headwater server`, passed on as they are."""
+
+    def run(self) -> int:
+        """Train, and return the exit status.
+
+        Raises:
+          HeadwaterError: It failed; says who, and why. Every process has ended.
+        """
+        self._children: list[Child] = []
+        self._display = Display(Console())
+        try:
+            with _signals_raise(), self._display:
+                try:
+                    facts = self._train()
+                except _Stopped as stopped:
+                    self._stop_in_order()
+                    return 128 + stopped.number
+        finally:
+            kill_all(self._children)
+            for child in self._children:
+                child.close()
+        _print_result(facts)
+        return 0
+
+    # ---------------------------------------------------------------- training
+
+    def _train(self) -> Mapping[str, Any]:
+        """Returns what the server said of itself, when the run is finished."""
+        listen, address = self._choose_address()
+        share = self._share_of_machine()
+        server = self._start(
+            "server", "server",
+            ["--listen", listen, "--exit-when-done", *self._pass_on_to_server()],
+            environment=share, tells_ready=True,
+        )  # fmt: skip
+        workers = [
+            self._start(
+                f"worker-{number}", "worker",
+                ["--server", address, "--name", f"worker-{number}", *self._platform_option()],
+                environment=share,
+            )
+            for number in range(1, self.workers + 1)
+        ]  # fmt: skip
+        count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        self._display.wait_for(f"starting a server and {count} at {address}")
+        facts = self._wait_until_ready(server)
+        logs = Path(facts["run_dir"]) / "logs"
+        logs.mkdir(exist_ok=True)
+        for child in self._children:
+            child.log_to(logs / f"{child.name}.log")
+        self._follow(server, workers, address, facts, share)
+        if server.status != 0:
+            raise RunFailed(server.last_words())
+        wait_all(self._children, FOLLOW_TIMEOUT_S)
+        return facts
+
+    def _wait_until_ready(self, server: Child) -> Mapping[str, Any]:
+        facts: list[dict[str, Any] | None] = []
+        # In a thread, so that a signal is acted on while it waits.
+        waiting = threading.Thread(target=lambda: facts.append(server.ready()), daemon=True)
+        waiting.start()
+        while waiting.is_alive():
+            waiting.join(POLL_S)
+        if not facts or facts[0] is None:
+            server.process.wait()
+            raise _failure(server)
+        return facts[0]
+
+    def _follow(
+        self,
+        server: Child,
+        workers: list[Child],
+        address: str,
+        facts: Mapping[str, Any],
+        share: Mapping[str, str],
+    ) -> None:
+        """Show how it goes until the server has ended."""
+        evaluator: Child | None = None
+        gone: set[str] = set()
+        with Client(address) as client:
+            while server.status is None:
+                with contextlib.suppress(HeadwaterError):  # it may be ending
+                    status = client.status()
+                    self._display.show(status)
+                    if evaluator is None and facts["evaluates"] and status["version"] > 0:
+                        evaluator = self._start_evaluator(address, share, facts)
+                self._mind(workers, gone, server)
+                time.sleep(POLL_S)
+
+    def _start_evaluator(
+        self, address: str, share: Mapping[str, str], facts: Mapping[str, Any]
+    ) -> Child:
+        # Not before the first update: until then the others need the cores to start.
+        evaluator = self._start(
+            "evaluator", "evaluate",
+            ["--server", address, "--follow", "--nice", str(EVALUATOR_NICE), "--platform", "cpu"],
+            environment=share,
+        )  # fmt: skip
+        evaluator.log_to(Path(facts["run_dir"]) / "logs" / "evaluator.log")
+        return evaluator
+
+    def _mind(self, workers: list[Child], gone: set[str], server: Child) -> None:
+        """Warn of workers that ended early; end a run that has none left."""
+        for child in workers:
+            if child.status not in (None, 0) and child.name not in gone:
+                gone.add(child.name)
+                self._display.say(f"warning: {child.name} {_how(child)}; the others go on")
+        if len(gone) == len(workers) and server.status is None:
+            raise _failure(workers[-1])
+
+    def _stop_in_order(self) -> None:
+        """End everything within 5 s: the server first, so that it keeps the weights."""
+        self._display.say("stopping; the weights are kept")
+        with contextlib.suppress(_Stopped):  # the second signal ends it at once
+            for child in self._children[:1]:
+                child.send(signal.SIGTERM)
+            wait_all(self._children[:1], STOP_TIMEOUT_S)
+            for child in self._children[1:]:
+                child.send(signal.SIGTERM)
+            wait_all(self._children, KILL_S)
+
+    # ---------------------------------------------------------------- starting
+
+    def _start(
+        self,
+        name: str,
+        command: str,
+        arguments: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        tells_ready: bool = False,
+    ) -> Child:
+        options = [word for option in self.task_options for word in ("--task-option", option)]
+        child = Child(
+            name,
+            command,
+            ["--task", self.task, *options, *arguments],
+            environment=environment,
+            tells_ready=tells_ready,
+        )
+        self._children.append(child)
+        return child
+
+    def _choose_address(self) -> tuple[str, str]:
+        """Where the server is to listen, and where its workers find it.
+
+        The default port may be taken, say by another run; a port that was asked
+        for may not.
+        """
+        asked = _option(self.server_options, "--listen")
+        host, port = split_address(asked or DEFAULT_ADDRESS, "--listen")
+        listen = join_address(host, port)
+        if port == 0:
+            listen = free_address(host)
+        elif asked is None and not is_free(host, port):
+            listen = free_address(host)
+            self._display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {listen}")
+        _, port = split_address(listen, "--listen")
+        here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not used)
+        return listen, join_address(here, port)
+
+    def _pass_on_to_server(self) -> list[str]:
+        """The server's options, without the --listen that was acted on here."""
+        kept, words = [], iter(self.server_options)
+        for word in words:
+            if word == "--listen":
+                next(words, None)
+            elif not word.startswith("--listen="):
+                kept.append(word)
+        return kept
+
+    def _platform_option(self) -> list[str]:
+        return ["--platform", self.platform] if self.platform else []
+
+    def _share_of_machine(self) -> dict[str, str]:
+        """Environment that gives each process its share of the cores, and of a shared GPU."""
+        share = {"NPROC": str(max(1, core_count() // (self.workers + 1)))}
+        if self.platform != "cpu" and self.workers > 1:
+            fraction = f"{0.9 / self.workers:.3f}"
+            share["XLA_CLIENT_MEM_FRACTION"] = fraction
+            share["XLA_PYTHON_CLIENT_MEM_FRACTION"] = fraction  # its name before JAX 0.5.1
+        return {name: value for name, value in share.items() if name not in os.environ}
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    for at, word in enumerate(words):
+        if word == name and at + 1 < len(words):
+            return words[at + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _failure(child: Child) -> HeadwaterError:
+    """The error of a process that ended, as our own."""
+    error = HeadwaterError(f"{child.name} {_how(child)}")
+    if child.status is not None and child.status > 0:
+        error.exit_status = child.status
+    return error
+
+
+def _how(child: Child) -> str:
+    status = child.status
+    if status is not None and status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"failed: {child.last_words()}"
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    def on_signal(number: int, _: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_result(facts: Mapping[str, Any]) -> None:
+    """The final metrics, and where everything is."""
+    run_dir = Path(facts["run_dir"])
+    with (run_dir / "metrics.jsonl").open() as lines:
+        last: dict[str, Any] = {}
+        for line in lines:
+            last = json.loads(line)
+    print(
+        f"finished at version {last['version']:,} in {last['seconds']:.1f} s "
+        f"({last['updates_per_second']:,.0f} updates/s)"
+    )
+    if last["metrics"]:
+        print(f"evaluation  {show.metrics(last['metrics'])}")
+    elif facts["evaluates"]:
+        print("the final version was not evaluated; see logs/evaluator.log", file=sys.stderr)
+    print(f"weights     {run_dir / 'weights.safetensors'}")
+    print(f"metrics     {run_dir / 'metrics.jsonl'}")

@@ -1,0 +1,40 @@
+"""A status reply as plain Python values, named as in the .proto."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from headwater.protos import parameter_server_pb2 as pb
+
+Status = dict[str, Any]
+"""Keyed by the fields of `StatusReply` in parameter_server.proto, where each is
+explained; the stamp's three stand beside them. A value that is not known is None."""
+
+
+def as_dict(reply: pb.StatusReply) -> Status:
+    """The reply with enums as lower-case words, such as state "training"."""
+    values = _values(reply)
+    return {**values.pop("stamp"), **values}
+
+
+def _values(message: Message) -> dict[str, Any]:
+    return {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _value(message: Message, field: FieldDescriptor) -> Any:
+    value = getattr(message, field.name)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return dict(sorted(value.items()))
+    if field.is_repeated:
+        return [_values(item) if isinstance(item, Message) else item for item in value]
+    if field.has_presence and field.message_type is None and not message.HasField(field.name):
+        return None
+    if field.message_type is not None:
+        return _values(value)
+    if field.enum_type is not None:
+        name = field.enum_type.values_by_number[value].name
+        return name.partition("_")[2].lower()
+    return value

@@ -1,0 +1,118 @@
+"""What every Headwater command does alike: errors, exit statuses, log lines, and its parent.
+
+A command that another process started may hold two pipes from it: the lifeline,
+which closes when the parent dies, however it dies; and the ready pipe, on which
+a server says where it listens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from headwater.protos.errors import HeadwaterError
+from headwater.protos.rpc import SERVER_ENV
+
+ServerAddress = Annotated[
+    str,
+    typer.Option(
+        metavar="HOST:PORT", envvar=SERVER_ENV, show_default=True, help="The server's address."
+    ),
+]
+"""The option --server, of every command that talks to one."""
+
+LIFELINE_ENV = "HEADWATER_LIFELINE_FD"
+READY_ENV = "HEADWATER_READY_FD"
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """A typer app with plain help, which looks the same in any terminal and in a pipe."""
+    return typer.Typer(add_completion=False, rich_markup_mode=None, **options)
+
+
+def run(app: typer.Typer, prog: str) -> NoReturn:
+    """Be the command `prog`: parse the arguments, run it, and exit with its status.
+
+    0 done; 1 failed; 2 wrong usage or input; 3 server not reachable; 130 Ctrl-C.
+    Errors are one line on stderr, and the user's own traceback where there is one.
+    """
+    _log_to_stderr(prog)
+    try:
+        status = _invoke(app, prog)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, say `head`, has all it wants. Nothing more can be said there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def _invoke(app: typer.Typer, prog: str) -> int:
+    try:
+        status = typer.main.get_command(app).main(prog_name=prog, standalone_mode=False)
+    except typer.TyperException as error:
+        return _fail(prog, f"{error.format_message()} (see {prog} --help)", error.exit_code)
+    except HeadwaterError as error:
+        return _fail(prog, str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status if isinstance(status, int) else 0
+
+
+def _fail(prog: str, message: str, status: int) -> int:
+    print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _log_to_stderr(prog: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines(prog))
+    logger = logging.getLogger("headwater")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class _Lines(logging.Formatter):
+    """`12:30:59 headwater worker: warning: …`; the level is named only above info."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(f"%(asctime)s {prog}: %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        if record.levelno > logging.INFO:
+            record.message = f"{record.levelname.lower()}: {record.message}"
+        return super().formatMessage(record)
+
+
+def watch_lifeline(on_end: Callable[[], None]) -> None:
+    """Call `on_end`, in a thread, when the process that started this one has gone."""
+    text = os.environ.pop(LIFELINE_ENV, "")  # popped: it is not for processes of our own
+    if not text:
+        return
+    lifeline = int(text)
+
+    def watch() -> None:
+        while os.read(lifeline, 1024):
+            continue  # nothing is ever written; the end is what counts
+        on_end()
+
+    threading.Thread(target=watch, name="headwater-lifeline", daemon=True).start()
+
+
+def announce_ready(facts: Mapping[str, Any]) -> None:
+    """Tell the process that started this server that it serves, if it asked."""
+    text = os.environ.pop(READY_ENV, "")
+    if text:
+        with os.fdopen(int(text), "w") as pipe:
+            pipe.write(json.dumps(facts) + "\n")
