@@ -13,7 +13,7 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 
-import headwater
+from headwater import __version__
 from headwater.client import show
 from headwater.client.client import Client
 from headwater.client.main import PROCESSES, become
@@ -41,7 +41,7 @@ app = new_app(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"headwater {headwater.__version__}")
+        print(f"headwater {__version__}")
         raise typer.Exit
 
 
@@ -129,7 +129,9 @@ def workers(server: ServerAddress = DEFAULT_ADDRESS, as_json: AsJson = False) ->
     elif found:
         Console().print(show.workers_table(found))
     else:
-        print(f"no worker is connected; start one with: headwater worker --task … --server {server}")
+        print(
+            f"no worker is connected; start one with: headwater worker --task … --server {server}"
+        )
 
 
 @app.command()

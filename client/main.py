@@ -12,7 +12,7 @@ PROCESSES = {
     "server": ("headwater.server.main", "Keep the weights of one run and apply gradients to them."),
     "worker": ("headwater.worker.main", "Compute gradients for a server until the run is over."),
     "evaluate": ("headwater.worker.evaluate", "Evaluate the served weights and report the result."),
-    "check": ("headwater.worker.check", "Try a task out: one batch, one gradient, no server."),
+    "check": ("headwater.server.check", "Try a task out: one batch, one gradient, no server."),
 }
 """Commands that need JAX: each is a module to run, and what it is for."""
 

@@ -92,11 +92,11 @@ class Child:
 
     def log_to(self, path: Path) -> None:
         """Write to `path` what it said so far, and from now on."""
-        with self._lock:
-            with contextlib.suppress(OSError):  # a log that cannot be kept stops no training
-                self._file = path.open("w")
-                self._file.writelines(self._lines)
-                self._file.flush()
+        # A log that cannot be kept stops no training.
+        with self._lock, contextlib.suppress(OSError):
+            self._file = path.open("w")
+            self._file.writelines(self._lines)
+            self._file.flush()
 
     def last_words(self) -> str:
         """What it said last: its error, from the line that names it on, else its last line."""

@@ -47,11 +47,8 @@ def _status_rows(status: Status) -> Iterable[tuple[str, RenderableType]]:
     if status["metrics"]:
         figures = metrics(status["metrics"])
         yield "evaluation", f"{figures} (version {status['metrics_version']:,})"
-    yield (
-        "speed",
-        f"{status['updates_per_second']:,.1f} updates/s, "
-        f"{status['examples_per_second']:,.0f} examples/s",
-    )
+    examples = f"{status['examples_per_second']:,.0f} examples/s"
+    yield "speed", f"{status['updates_per_second']:,.1f} updates/s, {examples}"
     stale = status["staleness"]
     yield (
         "staleness",

@@ -49,7 +49,9 @@ def predict(params: Any, image: jax.Array) -> jax.Array:
     return x @ params["output"]["kernel"] + params["output"]["bias"]
 
 
-def loss(params: Any, batch: Digits, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+def loss(
+    params: Any, batch: Digits, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy in nats, and the share of digits that were recognised."""
     logits = predict(params, batch["image"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

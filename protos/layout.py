@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 import ml_dtypes
@@ -98,7 +99,10 @@ class Layout:
         end = 0
         for name, dtype, shape in tensors:
             offset = _aligned(end)
-            specs.append(TensorSpec(name, PARAMETER, np.dtype(dtype), tuple(shape), offset))
+            known = _dtype(name, np.dtype(dtype).name)
+            if known != np.dtype(dtype):
+                raise LayoutError(f"{name!r} is big-endian; parameters are little-endian")
+            specs.append(TensorSpec(name, PARAMETER, known, tuple(shape), offset))
             end = specs[-1].end
         return cls(_checked(specs))
 
@@ -203,13 +207,17 @@ def _checked(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
     for spec in specs:
         if not spec.name:
             raise LayoutError(f"tensor {len(seen)} has no name")
+        if spec.name == "__metadata__" or re.search("[\ud800-\udfff]", spec.name):
+            raise LayoutError(f"a tensor cannot be called {spec.name!r}; no file could hold it")
         if spec.name in seen:
             raise LayoutError(f"two tensors are called {spec.name!r}; names must be unique")
         seen.add(spec.name)
         _dtype(spec.name, spec.dtype.name)
         if spec.role != PARAMETER:
             raise LayoutError(f"{spec.name!r} has role {spec.role}; only parameters are served")
-        if len(spec.shape) > MAX_DIMENSIONS or spec.nbytes > _MAX_BYTES:
+        # Without the zeros, so that [2**63, 0] is seen for what it is.
+        extent = spec.dtype.itemsize * math.prod(size for size in spec.shape if size)
+        if len(spec.shape) > MAX_DIMENSIONS or extent > _MAX_BYTES:
             raise LayoutError(f"{spec.name!r} of shape {spec.shape} is too large for any machine")
         if spec.offset != _aligned(end):
             raise LayoutError(

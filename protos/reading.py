@@ -89,5 +89,5 @@ class Reader:
                 "the server's tensors differ from this task's (here: the task, there: the "
                 f"server): {'; '.join(differences(ours, theirs))}",
             )
-        self._expected.version = -1
+        self._expected.restart()
         return self._expected

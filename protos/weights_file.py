@@ -2,8 +2,8 @@
 
 The file is what any safetensors reader expects. Dtypes that the format lacks
 are kept bit for bit under one it has, and named in the metadata as
-`dtype:<tensor>`: complex128 as float64 pairs on a new last axis, the rarer
-8-bit floats as uint8.
+`dtype:<tensor>`: complex128 as float64 pairs on a new last axis, 8-bit floats
+as uint8.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-_NATIVE = {
-    "float16", "float32", "float64", "bfloat16", "complex64", "float8_e4m3fn", "float8_e5m2",
-}  # fmt: skip
+# The format has two 8-bit floats as well, which its own NumPy and JAX readers cannot read.
+_NATIVE = {"float16", "float32", "float64", "bfloat16", "complex64"}
 
 
 def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -28,14 +27,15 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
     acknowledged to fsync.
 
     Raises:
-      OSError: The folder is missing, or the disk is full or broken; `path` is as it was.
+      OSError: The folder is missing, or the disk is full or broken; `path` is as
+        it was, or whole and new but perhaps not on disk yet.
     """
     notes = dict(metadata)
     tensors = {}
     for name, array in arrays.items():
         stored = np.ascontiguousarray(array).reshape(array.shape)
         if array.dtype.name == "complex128":
-            stored = stored.view(np.float64).reshape(*array.shape, 2)
+            stored = stored.reshape(-1).view(np.float64).reshape(*array.shape, 2)
         elif array.dtype.name not in _NATIVE:
             stored = stored.view(np.uint8)
         if stored.dtype != array.dtype:
@@ -46,16 +46,17 @@ def save_weights(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write `data` to a temporary name, fsync, rename to `path`, fsync the folder."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -51,7 +51,8 @@ def frame(message: Message, body: memoryview | bytes | None = None) -> bytes:
     head = message.SerializeToString()
     if body is None:
         return head
-    return b"".join((head, bytes((_BODY_TAG,)), _varint(len(body)), body))
+    size = body.nbytes if isinstance(body, memoryview) else len(body)
+    return b"".join((head, bytes((_BODY_TAG,)), _varint(size), body))
 
 
 def unframe(kind: type[M], data: bytes) -> Framed[M]:

@@ -43,10 +43,10 @@ class Ledger:
     """
 
     def __init__(
-        self, total: int, per_epoch: int, applied: Ranges = Ranges(), open_epochs: int = 2
+        self, total: int, per_epoch: int, applied: Ranges | None = None, open_epochs: int = 2
     ) -> None:
         self.total = total
-        self.applied = applied
+        self.applied = Ranges() if applied is None else applied
         self._per_epoch = per_epoch
         self._open_epochs = open_epochs
         self._under_way: dict[int, tuple[BatchState, WorkerId]] = {}
@@ -54,7 +54,7 @@ class Ledger:
         # Pending are the returned ones (a heap) and those from `_fresh` on that
         # were not applied in an earlier incarnation.
         self._returned: list[int] = []
-        self._fresh = applied.low_water
+        self._fresh = self.applied.low_water
 
     # ------------------------------------------------------------- looking
 

@@ -1,4 +1,4 @@
-"""Reads an --optimizer SPEC, such as `sgd(cosine_decay_schedule(0.1, total_updates), momentum=0.9)`.
+"""Reads an --optimizer SPEC, such as `sgd(cosine_decay_schedule(0.1, total_updates))`.
 
 The text is parsed as Python's syntax tree and put together from optax's own
 public functions, literals, `total_updates` and arithmetic. It is never
@@ -98,7 +98,8 @@ class _Reader:
                 for key, item in zip(node.keys, node.values, strict=True)
             }
         raise self._error(
-            node, "only names of optax, numbers, strings, lists, dicts and + - * / // can stand here"
+            node,
+            "only names of optax, numbers, strings, lists, dicts and + - * / // can stand here",
         )
 
     def _key(self, node: ast.expr | None, whole: ast.Dict) -> Any:

@@ -23,7 +23,7 @@ import grpc
 import jax
 import numpy as np
 
-import headwater
+from headwater import __version__
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.errors import UsageError
@@ -118,7 +118,7 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
             "order_version": ORDER_VERSION,
             "optimizer": optimizer.text,
             "consistency": config.consistency,
-            "headwater": headwater.__version__,
+            "headwater": __version__,
         }
     )
     return Prepared(

@@ -92,7 +92,7 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
             version = read.weights.version
             if version != evaluated and (read.state in _OVER or version >= request.min_version):
                 began = time.perf_counter()
-                metrics = _numbers(task.evaluate(task.tree.restore(read.weights.leaves)))
+                metrics = numbers(task.evaluate(task.tree.restore(read.weights.leaves)))
                 seconds = time.perf_counter() - began
                 evaluated = version
                 found = Evaluation(
@@ -108,7 +108,12 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
         reader.close()
 
 
-def _numbers(metrics: object) -> dict[str, float]:
+def numbers(metrics: object) -> dict[str, float]:
+    """What `Task.evaluate` returned, as numbers.
+
+    Raises:
+      UsageError: It is no dict of numbers, or an empty one.
+    """
     try:
         if not isinstance(metrics, Mapping) or not metrics:
             raise TypeError(f"it returned {metrics!r}")

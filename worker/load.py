@@ -143,10 +143,12 @@ def _call(function: Callable[..., Any], given: Mapping[str, str], spec: str) -> 
             takes = ", ".join(parameters) or "none"
             raise UsageError(f"{spec} takes no --task-option {name!r}; it takes: {takes}")
     missing = [
-        n
-        for n, p in parameters.items()
-        if p.default is p.empty and n not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]  # fmt: skip
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and name not in given
+    ]
     if missing:
         raise UsageError(f"{spec} needs --task-option {missing[0]}=VALUE")
     hints = _guarded(lambda: typing.get_type_hints(function), f"{spec}'s annotations raise")

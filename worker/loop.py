@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.assembly import Weights
 from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
 from headwater.protos.rpc import PROTOCOL
 from headwater.protos.wire import parts
@@ -27,7 +28,6 @@ from headwater.worker.link import Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
 from headwater.worker.task import batch_sizes
-from headwater.protos.assembly import Weights
 
 log = logging.getLogger("headwater.worker")
 
@@ -118,7 +118,7 @@ class Worker:
     def _serve_one_stream(self) -> bool:
         """Whether a bye was received; else the stream just ended."""
         self._hello.attempt += 1
-        self._weights.version = -1
+        self._weights.restart()
         if self._loader:
             self._loader.clear()
         link = self._link = Link(
@@ -221,7 +221,8 @@ class Worker:
 
     def _compute(self, link: Link, ticket: pb.Ticket, incarnation: int) -> None:
         """One ticket: load, compute, push."""
-        assert self._loader is not None and self._gradient is not None
+        assert self._loader is not None
+        assert self._gradient is not None
         if ticket.base != self._weights.version:
             raise HeadwaterError(
                 f"the server's ticket is for version {ticket.base}, the weights it sent are of "

@@ -39,6 +39,8 @@ def user_traceback(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [i for i, frame in enumerate(frames) if _is_users(frame.filename)]
     kept = traceback.format_list(frames[own[0] :] if own else frames)
+    notes = getattr(error, "__notes__", [])
+    error.__notes__ = [note for note in notes if "JAX has removed its internal frames" not in note]
     return "".join(
         ["Traceback (most recent call last):\n", *kept, *traceback.format_exception_only(error)]
     ).rstrip()

@@ -431,9 +431,9 @@ class Runs(RuleBasedStateMachine):
     a_ticket = st.runner().flatmap(lambda run: st.sampled_from(sorted(run.awaited)))
 
     @initialize(
-        per_epoch=st.integers(1, 12),
+        per_epoch=st.sampled_from([12, 1, 2, 3, 7, 20]),
         epochs=st.integers(1, 4),
-        slots=st.integers(1, 5),
+        slots=st.integers(1, 6),
         applied=st.sets(st.integers(0, 23), max_size=10),
     )
     def begin_run(self, per_epoch: int, epochs: int, slots: int, applied: set[int]) -> None:
@@ -482,6 +482,20 @@ class Runs(RuleBasedStateMachine):
         assert self.admission.hold(number) == ticket
         self.held.append(ticket)
         self.serve()
+
+    @precondition(lambda self: self.awaited and not self.admission.paused)
+    @rule(number=a_ticket, rounds=st.integers(1, 20))
+    def train(self, number: int, rounds: int) -> None:
+        """A worker goes on for some rounds without trouble, so that histories get far."""
+        worker = self.awaited[number].ticket.worker
+        for _ in range(rounds):
+            self.receive(number)
+            self.apply_all()
+            self.ask(worker, DEADLINE_S)
+            tickets = self.admission.tickets_of(worker)
+            if not tickets:
+                break
+            number = tickets[0].number
 
     @precondition(lambda self: self.awaited)
     @rule(number=a_ticket)
@@ -542,7 +556,7 @@ class Runs(RuleBasedStateMachine):
             if awaited.ticket.worker == worker:
                 awaited.last_progress = self.now
 
-    @rule(seconds=st.integers(1, 40))
+    @rule(seconds=st.integers(1, 80))
     def let_time_pass(self, seconds: int) -> None:
         self.now += seconds
         late = [
@@ -588,10 +602,7 @@ class Runs(RuleBasedStateMachine):
                 self.ask(worker, DEADLINE_S)
             for number in sorted(self.awaited):
                 self.receive(number)
-            while self.held:
-                self.begin_apply()
-            while self.applying:
-                self.end_apply()
+            self.apply_all()
         assert self.ledger.done, f"stuck with {sorted(self.pending())} pending"
         assert self.admission.bases == []
         assert self.applied_count == Counter(set(range(self.total)) - set(self.before))
@@ -606,6 +617,12 @@ class Runs(RuleBasedStateMachine):
                 assert [g.ticket.worker for g in grants] == asked[: len(grants)]
             for grant in grants:
                 self.granted(grant)
+
+    def apply_all(self) -> None:
+        while self.held:
+            self.begin_apply()
+        while self.applying:
+            self.end_apply()
 
     def granted(self, grant: Grant) -> None:
         ticket = grant.ticket
@@ -715,8 +732,8 @@ class Runs(RuleBasedStateMachine):
 
 
 RUNS = settings(
-    max_examples=150,
-    stateful_step_count=50,
+    max_examples=200,
+    stateful_step_count=80,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no bug
 )

@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("client", "examples", "protos", "server", "worker")
 
 _API = tuple(f"headwater.{name}" for name in headwater.__all__)
-_TASK_API = tuple(f"headwater.worker.{room}" for room in ("task", "data", "tree", "load", "options", "platform", "user_code"))
+_TASK_API = tuple(
+    f"headwater.worker.{room}"
+    for room in ("task", "data", "tree", "load", "options", "platform", "user_code")
+)
 
 ARROWS = {
     "headwater": ("headwater",),  # all of it on first use; another test holds the laziness
@@ -32,6 +35,8 @@ ARROWS = {
     "headwater.worker.keras_worker": ("headwater.worker", "headwater.protos", "headwater.client"),
     "headwater.worker.torch_worker": ("headwater.worker", "headwater.protos", "headwater.client"),
     "headwater.server": ("headwater.server", "headwater.protos", *_TASK_API),
+    # Both sides in one process, without a server.
+    "headwater.server.check": ("headwater.server", "headwater.protos", "headwater.worker"),
     "headwater.client": ("headwater.client", "headwater.protos"),
     "headwater.examples": _API,
 }
@@ -72,14 +77,15 @@ def within(name: str, places: tuple[str, ...]) -> bool:
 def breaches(module: str, source: str) -> list[str]:
     """What `module` imports against ARROWS and SHUNNED, sorted."""
     arrow = max((place for place in ARROWS if within(module, (place,))), key=len)
+    allowed = ("headwater.__version__", *ARROWS[arrow])
     shunned = [name for place in SHUNNED if within(module, (place,)) for name in SHUNNED[place]]
     return sorted(
         name
         for name in imports(source)
         if name.startswith(".")
-        or (within(name, ("headwater",)) and not within(name, ("headwater.__version__", *ARROWS[arrow])))
+        or (within(name, ("headwater",)) and not within(name, allowed))
         or within(name, tuple(shunned))
-    )  # fmt: skip
+    )
 
 
 def bare_imports(source: str) -> list[str]:
@@ -87,9 +93,9 @@ def bare_imports(source: str) -> list[str]:
     return sorted(name for name in imports(source) if within(name, FOLDERS))
 
 
+_OURS = f"(?:{'|'.join(FOLDERS)})"
 _BARE_LINE = re.compile(
-    rf"^\s*(?:>>> )?(?:from (?:{'|'.join(FOLDERS)})[.\w]* import |import (?:{'|'.join(FOLDERS)})\b).*",
-    re.MULTILINE,
+    rf"^\s*(?:>>> )?(?:from {_OURS}[.\w]* import |import {_OURS}\b).*", re.MULTILINE
 )
 
 
@@ -189,7 +195,10 @@ def test_a_bare_name_in_a_page_is_seen(page: str, bare: list[str]) -> None:
 
 def loaded_by(code: str) -> set[str]:
     """The modules that a new interpreter has loaded after `code`, which may exit."""
-    watched = f"import json, sys\ntry:\n    exec({code!r})\nfinally:\n    json.dump([*sys.modules], sys.stderr)"
+    watched = (
+        f"import json, sys\ntry:\n    exec({code!r})\n"
+        "finally:\n    json.dump([*sys.modules], sys.stderr)"
+    )
     done = subprocess.run(  # noqa: S603, the code is this file's own
         [sys.executable, "-c", watched], capture_output=True, text=True, check=False
     )

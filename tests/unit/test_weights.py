@@ -194,16 +194,16 @@ def test_a_version_is_whole_however_the_server_cuts_it(cuts: list[int]) -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([(0, TWOS[:4], 16), (8, TWOS[8:], 16)], "bytes 8 to 16 of 16 of version 2; byte 4 of 16"),
-        ([(4, TWOS[4:], 16)], "bytes 4 to 16 of 16 of version 2; byte 16 of 16 was next"),
-        ([(0, TWOS[:8], 16), (4, TWOS[4:8], 16)], "bytes 4 to 8 of 16 .*; byte 8 of 16 was next"),
-        ([(0, TWOS[:4], 16), (4, TWOS[4:8], 16), (4, TWOS[4:8], 16)], "byte 8 of 16 was next"),
-        ([(0, TWOS[:12], 12)], "bytes 0 to 12 of 12 of version 2; byte 0 of 16 was next"),
-        ([(0, TWOS + TWOS, 32)], "bytes 0 to 32 of 32 of version 2; byte 0 of 16 was next"),
-        ([(0, TWOS[:8], 16), (8, TWOS[8:], 20)], "bytes 8 to 16 of 20 .*; byte 8 of 16 was next"),
-        ([(0, b"", 0)], "bytes 0 to 0 of 0 of version 2; byte 0 of 16 was next"),
-        ([(0, TWOS + b"x", 16)], "bytes 0 to 17 of 16 of version 2; byte 0 of 16 was next"),
-        ([(0, TWOS[:8], 16), (8, TWOS[:12], 16)], "bytes 8 to 20 of 16 .*; byte 8 of 16 was next"),
+        ([(0, TWOS[:4], 16), (8, TWOS[8:], 16)], "bytes 8 to 16 of 16 .*; next was byte 4 of 16"),
+        ([(4, TWOS[4:], 16)], "bytes 4 to 16 of 16 of version 2; next was byte 0 of 16"),
+        ([(0, TWOS[:8], 16), (4, TWOS[4:8], 16)], "bytes 4 to 8 of 16 .*; next was byte 8 of 16"),
+        ([(0, TWOS[:4], 16), (4, TWOS[4:8], 16), (4, TWOS[4:8], 16)], "next was byte 8 of 16"),
+        ([(0, TWOS[:12], 12)], "bytes 0 to 12 of 12 of version 2; next was byte 0 of 16"),
+        ([(0, TWOS + TWOS, 32)], "bytes 0 to 32 of 32 of version 2; next was byte 0 of 16"),
+        ([(0, TWOS[:8], 16), (8, TWOS[8:], 20)], "bytes 8 to 16 of 20 .*; next was byte 8 of 16"),
+        ([(0, b"", 0)], "bytes 0 to 0 of 0 of version 2; next was byte 0 of 16"),
+        ([(0, TWOS + b"x", 16)], "bytes 0 to 17 of 16 of version 2; next was byte 0 of 16"),
+        ([(0, TWOS[:8], 16), (8, TWOS[:12], 16)], "bytes 8 to 20 of 16 .*; next was byte 8 of 16"),
         ([(2**64 - 8, TWOS, 16)], "bytes 18446744073709551608 to 18446744073709551624 of 16"),
     ],
     ids=[
@@ -225,10 +225,51 @@ def test_parts_that_make_no_version_are_refused_and_change_nothing(
     assert weights.leaves[0].tobytes() == ONES
 
 
+def test_parts_of_two_versions_are_never_put_together() -> None:
+    weights = Weights(W)
+    add(weights, 1, (0, ONES, 16))
+    add(weights, 5, (0, ONES[:8], 16))
+
+    with pytest.raises(HeadwaterError, match="of version 6; next was byte 8 of 16 of version 5"):
+        add(weights, 6, (8, TWOS[8:], 16))
+
+    assert weights.version == 1
+
+
+def test_a_complete_version_takes_no_further_part() -> None:
+    weights = Weights(W)
+    add(weights, 1, (0, ONES, 16))
+
+    with pytest.raises(HeadwaterError, match="of version 9; next was byte 0 of 16"):
+        add(weights, 9, (16, b"", 16))
+
+    assert weights.version == 1
+
+
+def test_what_never_came_whole_leaves_the_last_version_as_it_was() -> None:
+    weights = Weights(W)
+    add(weights, 1, (0, ONES, 16))
+    newest = weights.leaves[0]
+    for version in range(2, 6):
+        add(weights, version, (0, TWOS[:8], 16))
+
+    assert newest.tobytes() == ONES
+
+
+def test_after_a_restart_the_same_version_may_come_again() -> None:
+    weights = Weights(W)
+    add(weights, 1, (0, ONES[:8], 16))
+
+    weights.restart()
+    add(weights, 1, (0, TWOS, 16))
+
+    assert (weights.version, weights.leaves[0].tobytes()) == (1, TWOS)
+
+
 def test_before_the_first_version_a_part_in_the_middle_is_refused() -> None:
     weights = Weights(W)
 
-    with pytest.raises(HeadwaterError, match="byte 0 of 16 was next"):
+    with pytest.raises(HeadwaterError, match="next was byte 0 of 16"):
         add(weights, 1, (4, ONES[4:], 16))
 
     assert weights.version == -1

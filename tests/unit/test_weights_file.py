@@ -16,11 +16,6 @@ import safetensors.numpy
 from headwater.protos.layout import DTYPES
 from headwater.protos.weights_file import replace_file, save_weights
 
-# The format has these two, its reader for NumPy cannot make them; others, torch's
-# above all, can.
-NOT_FOR_NUMPY = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
-FOR_NUMPY = [name for name in DTYPES if name not in NOT_FOR_NUMPY]
-
 ALL_BITS = np.arange(256, dtype=np.uint8)
 
 
@@ -32,11 +27,11 @@ def read_back(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     for name, stored in safetensors.numpy.load_file(path).items():
         note = metadata.get(f"dtype:{name}")
         array = stored if note is None else stored.view(DTYPES[note])
-        arrays[name] = array[..., 0] if note == "complex128" else array
+        arrays[name] = array[..., 0] if note == "complex128" and stored.ndim else array
     return arrays, metadata
 
 
-@pytest.mark.parametrize("name", FOR_NUMPY)
+@pytest.mark.parametrize("name", DTYPES)
 def test_every_bit_pattern_of_every_dtype_is_read_back(name: str, tmp_path: Path) -> None:
     path, dtype = tmp_path / "weights.safetensors", DTYPES[name]
     flat = np.repeat(ALL_BITS, dtype.itemsize).view(dtype)
@@ -51,22 +46,7 @@ def test_every_bit_pattern_of_every_dtype_is_read_back(name: str, tmp_path: Path
         assert found[tensor].tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize(("name", "code"), NOT_FOR_NUMPY.items())
-@pytest.mark.parametrize("shape", [(256,), (16, 16)], ids=str)
-def test_a_float8_that_the_format_has_is_stored_as_itself(
-    name: str, code: str, shape: tuple[int, ...], tmp_path: Path
-) -> None:
-    path = tmp_path / "weights.safetensors"
-
-    save_weights(path, {"w": ALL_BITS.view(DTYPES[name]).reshape(shape)}, {})
-
-    [(tensor, stored)] = safetensors.deserialize(path.read_bytes())
-    assert tensor == "w"
-    assert (stored["dtype"], stored["shape"]) == (code, list(shape))
-    assert stored["data"] == ALL_BITS.tobytes()
-
-
-@pytest.mark.parametrize("name", [name for name in FOR_NUMPY if name != "complex128"])
+@pytest.mark.parametrize("name", DTYPES)
 def test_a_scalar_is_read_back(name: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     array = np.ones((), DTYPES[name])
@@ -78,7 +58,7 @@ def test_a_scalar_is_read_back(name: str, tmp_path: Path) -> None:
     assert found["temperature"].tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("name", FOR_NUMPY)
+@pytest.mark.parametrize("name", DTYPES)
 def test_a_dtype_that_the_format_lacks_is_named_in_the_metadata(name: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_weights(path, {"w": np.ones(3, DTYPES[name])}, {"version": "41"})

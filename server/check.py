@@ -1,0 +1,243 @@
+"""`headwater check`: tries a task out as a server and a worker would, in one process.
+
+Loads it, makes the weights, loads one batch, computes one gradient and one
+update, and evaluates; prints what it found, and stops at the first thing that
+is wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from headwater.protos import command
+from headwater.protos.errors import HeadwaterError, UsageError
+from headwater.worker.options import Platform, TaskArg, TaskOptions
+from headwater.worker.platform import use_platform
+
+if TYPE_CHECKING:
+    from headwater.worker.gradient import Gradient
+    from headwater.worker.load import LoadedTask
+    from headwater.worker.task import Task
+
+T = TypeVar("T")
+
+REPEATS = 5
+"""Of what is timed; the median counts."""
+
+app = command.new_app()
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a task is, and what its parts take. Seconds are medians of REPEATS."""
+
+    task: str
+    parameters: int
+    gradient_bytes: int
+    tensors: Mapping[str, str]
+    """Name to dtype and shape."""
+    examples: int
+    batch_size: int
+    batches_per_epoch: int
+    epochs: int
+    batch: Mapping[str, str]
+    """Path in the batch to dtype and shape."""
+    platform: str
+    init_s: float
+    load_s: float
+    compile_s: float
+    gradient_s: float
+    update_s: float
+    evaluate_s: float | None
+    loss: float
+    training_metrics: Mapping[str, float]
+    evaluation: Mapping[str, float] | None
+    notes: list[str]
+    """What is allowed, and probably not meant."""
+
+
+def check_task(loaded: LoadedTask) -> Report:
+    """Try a task out.
+
+    Raises:
+      UsageError: Something in it cannot work; says what.
+      HeadwaterError: The first gradient is not finite. What the user's code
+        raises goes through.
+    """
+    import jax
+    import numpy as np
+
+    from headwater.server.optimizer import check, resolve
+    from headwater.server.order import BatchOrder
+    from headwater.server.store import NotFinite, Store
+    from headwater.worker.data import batch_rng
+    from headwater.worker.evaluate import numbers
+    from headwater.worker.gradient import GradientFunction
+
+    task = loaded.task
+    identity = loaded.identity()
+    order = BatchOrder(
+        example_count=identity.example_count,
+        batch_size=task.batch_size,
+        epochs=task.epochs,
+        seed=task.seed,
+        shuffle=task.shuffle,
+        remainder=task.remainder,
+    )
+    optimizer = resolve(task.optimizer, order.total)
+    params, init_s = _timed(lambda: task.init(jax.random.key(task.seed)))
+    check(optimizer, params)
+    store = Store(task.tree, params, optimizer, incarnation=1)
+    layout = store.layout
+
+    indices = order.indices(0)
+    batch, load_s = _median(lambda: task.dataset.batch(indices, batch_rng(task.seed, 0, 0)))
+    function = GradientFunction(task, task.seed)
+    compile_s = function.compile(batch)
+    leaves = [np.asarray(leaf) for leaf in store.current.leaves]
+    gradient, gradient_s = _median(lambda: function(leaves, batch, 0, 0))
+    buffer = layout.empty()
+    layout.pack(gradient.leaves, buffer)
+    try:
+        _, update_s = _timed(lambda: store.apply(buffer, gradient.loss, 0))
+    except NotFinite as error:
+        raise HeadwaterError(
+            f"the first gradient is not finite: {error}; every worker's would be refused"
+        ) from None
+
+    evaluation, evaluate_s = None, None
+    if task.evaluate is not None:
+        found, evaluate_s = _timed(lambda: task.evaluate(params))  # type: ignore[misc]
+        evaluation = numbers(found)
+    return Report(
+        task=loaded.name,
+        parameters=layout.element_count,
+        gradient_bytes=layout.total_bytes,
+        tensors={spec.name: spec.describe() for spec in layout.tensors},
+        examples=order.example_count,
+        batch_size=order.batch_size,
+        batches_per_epoch=order.per_epoch,
+        epochs=order.epochs,
+        batch=_describe(batch),
+        platform=jax.default_backend(),
+        init_s=init_s,
+        load_s=load_s,
+        compile_s=compile_s,
+        gradient_s=gradient_s,
+        update_s=update_s,
+        evaluate_s=evaluate_s,
+        loss=gradient.loss,
+        training_metrics=gradient.metrics,
+        evaluation=evaluation,
+        notes=_notes(task, gradient),
+    )
+
+
+def _describe(batch: Any) -> dict[str, str]:
+    import jax
+    import numpy as np
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        or "batch": f"{np.result_type(leaf).name}{list(np.shape(leaf))}"
+        for path, leaf in leaves
+    }
+
+
+def _notes(task: Task, gradient: Gradient) -> list[str]:
+    still = [
+        name
+        for name, leaf in zip(task.tree.names, gradient.leaves, strict=True)
+        if leaf.size and not leaf.any()
+    ]
+    notes = []
+    if still:
+        notes.append(f"no gradient reaches {', '.join(still)}: zero on the whole first batch")
+    if task.evaluate is None:
+        notes.append("the task has no evaluate, so `headwater run` shows no final metrics")
+    return notes
+
+
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What `call` returns, when it has been computed, and the seconds it took."""
+    import jax
+
+    began = time.perf_counter()
+    value = jax.block_until_ready(call())
+    return value, time.perf_counter() - began
+
+
+def _median(call: Callable[[], T]) -> tuple[T, float]:
+    runs = [_timed(call) for _ in range(REPEATS)]
+    return runs[-1][0], sorted(seconds for _, seconds in runs)[REPEATS // 2]
+
+
+def lines(report: Report) -> list[str]:
+    """The report for people."""
+    wide = max(map(len, report.tensors))
+    updates = report.batches_per_epoch * report.epochs
+    batch = ", ".join(f"{name} {what}" for name, what in report.batch.items())
+    figures = {"loss": report.loss, **report.training_metrics}
+    model = f"{report.parameters:,} parameters in {len(report.tensors)} tensors"
+    epoch = f"{report.batches_per_epoch:,} batches of {report.batch_size} an epoch"
+    found = [
+        f"{report.task}: {model}, {report.gradient_bytes:,} bytes a gradient",
+        *(f"  {name:{wide}}  {what}" for name, what in report.tensors.items()),
+        f"{report.examples:,} examples, {epoch}, {updates:,} updates in {report.epochs} epochs",
+        f"init      {report.init_s:8.3f} s",
+        f"batch     {report.load_s * 1e3:8.2f} ms  {batch}",
+        f"compile   {report.compile_s:8.3f} s   on {report.platform}",
+        f"gradient  {report.gradient_s * 1e3:8.2f} ms  {_figures(figures)}",
+        f"update    {report.update_s * 1e3:8.2f} ms",
+    ]
+    if report.evaluation is not None and report.evaluate_s is not None:
+        found.append(f"evaluate  {report.evaluate_s:8.3f} s   {_figures(report.evaluation)}")
+    rate = 1 / max(report.gradient_s, 1e-9)
+    found += [f"note: {note}" for note in report.notes]
+    found.append(f"ok; this machine computes {rate:,.0f} gradients/s, for one process alone")
+    return found
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+@app.command()
+def check(
+    task: TaskArg,
+    task_option: TaskOptions = None,
+    platform: Platform = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Try a task out: load it, one batch, one gradient, one update; no server, no worker."""
+    use_platform(platform)
+    from headwater.protos.layout import LayoutError
+    from headwater.worker.load import load_task
+    from headwater.worker.task import TaskError
+    from headwater.worker.user_code import guard_user_code
+
+    loaded = load_task(task, task_option or ())
+    with guard_user_code(f"the task {loaded.name} raised"):
+        try:
+            report = check_task(loaded)
+        except (TaskError, LayoutError) as error:
+            raise UsageError(str(error)) from None
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        print("\n".join(lines(report)))
+
+
+def main() -> None:
+    command.run(app, "headwater check")
+
+
+if __name__ == "__main__":
+    main()
