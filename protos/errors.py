@@ -13,6 +13,7 @@ On the wire a refusal is a gRPC status code and, in the trailing metadata
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import grpc
 
@@ -92,7 +93,8 @@ class RunFailed(HeadwaterError):
 
 def refusal_of(error: grpc.RpcError) -> Refused | None:
     """The refusal that a gRPC error carries, or None when it carries none."""
-    for key, value in error.trailing_metadata() or ():
+    metadata: Any = error.trailing_metadata()
+    for key, value in metadata or ():
         if key == REASON_KEY and value in Reason.__members__:
             return Refused(Reason[value], error.details() or Reason[value].meaning)
     return None

@@ -126,7 +126,7 @@ def _arity(method: Any) -> str:
 def _serializer(kind: Any) -> Callable[[Any], bytes] | None:
     if kind.full_name in _RAW:
         return None
-    return lambda message: message.SerializeToString()  # type: ignore[no-any-return]
+    return lambda message: message.SerializeToString()
 
 
 def _deserializer(kind: Any) -> Callable[[bytes], Any] | None:

@@ -94,9 +94,11 @@ class Coordinator:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._paused_time: float | None = None
         loop = asyncio.get_running_loop()
-        self.applier = Applier(
-            store, lambda job, result: loop.call_soon_threadsafe(self._applied, job, result)
-        )
+
+        def tell(job: Job, result: Result) -> None:
+            loop.call_soon_threadsafe(self._applied, job, result)
+
+        self.applier = Applier(store, tell)
 
     # ----------------------------------------------------- workers come and go
 

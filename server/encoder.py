@@ -51,7 +51,7 @@ def encode(layout: Layout, published: Published) -> Parts:
     """Cut a version into framed parts of about 1 MiB; one even where there are no bytes."""
     buffer = layout.empty()
     layout.pack((np.asarray(leaf) for leaf in published.leaves), buffer)
-    whole = memoryview(buffer)
+    whole = buffer.data
     return tuple(
         frame(
             pb.ServerMessage(

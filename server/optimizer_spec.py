@@ -150,7 +150,7 @@ class _Reader:
             raise self._error(node, "the operators are + - * / //")
         left, right = self._number(node.left), self._number(node.right)
         try:
-            return _BINARY[type(node.op)](left, right)  # type: ignore[no-any-return]
+            return _BINARY[type(node.op)](left, right)
         except (ZeroDivisionError, OverflowError) as error:
             raise self._error(node, str(error)) from None
 

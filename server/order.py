@@ -74,7 +74,7 @@ class BatchOrder:
         stop = min(start + self.batch_size, self.example_count)
         if not self.shuffle:
             return np.arange(start, stop)
-        return self._permutation(at.epoch)[start:stop]  # type: ignore[attr-defined,no-any-return]
+        return self._permutation(at.epoch)[start:stop]  # type: ignore[attr-defined]
 
     def size(self, position: int) -> int:
         """Examples in a batch."""

@@ -174,7 +174,8 @@ class Serving:
         try:
             async with self._background(self._tick(), self._log_progress(), self._shuffle_ahead()):
                 stopped = asyncio.create_task(self._stopping.wait())
-                await asyncio.wait({stopped, self._done}, return_when=asyncio.FIRST_COMPLETED)
+                ends: list[asyncio.Future[Any]] = [stopped, self._done]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 stopped.cancel()
             ended = await self._end()
         finally:

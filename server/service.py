@@ -24,7 +24,7 @@ from headwater.server.status import status
 
 log = logging.getLogger("headwater.server")
 
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[..., Awaitable[Any]]
 
 MAX_WAIT_S = 60.0

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 WRITE_TIMEOUT_S = 30.0
 """Seconds that a message of about 1 MiB may take to leave: a slower reader is cut."""
 
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclasses.dataclass
@@ -82,7 +82,8 @@ class Session:
         reader = asyncio.create_task(self._read(requests))
         writer = asyncio.create_task(self._write())
         try:
-            await asyncio.wait({reader, writer, self._over}, return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [reader, writer, self._over]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._over.done() and (refused := self._over.result()):
                 raise refused
             for task in (reader, writer):

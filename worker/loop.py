@@ -244,7 +244,7 @@ class Worker:
         self, link: Link, ticket: pb.Ticket, incarnation: int, gradient: Gradient, seconds: float
     ) -> None:
         self._layout.pack(gradient.leaves, self._outgoing)
-        whole = memoryview(self._outgoing)
+        whole = self._outgoing.data
         push = pb.Push(
             token=ticket.token,
             base=ticket.base,

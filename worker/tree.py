@@ -23,7 +23,8 @@ class ParameterTree:
     """
 
     def __init__(self, params: PyTree) -> None:
-        leaves, self.treedef = jax.tree_util.tree_flatten_with_path(params)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        self.treedef: Any = treedef
         self.layout = Layout.of(
             (_name(path), _dtype(_name(path), leaf), leaf.shape) for path, leaf in leaves
         )

@@ -1,0 +1,1 @@
+"""What the tests share: real processes, a bare protocol-level worker, tasks, a bad network."""
