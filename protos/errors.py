@@ -38,7 +38,6 @@ class Reason(enum.Enum):
     SILENT = _Code.DEADLINE_EXCEEDED, "nothing was heard for too long"
     COMPILE_TIMEOUT = _Code.DEADLINE_EXCEEDED, "compiling took too long"
     SLOW_READER = _Code.DEADLINE_EXCEEDED, "the reader took its bytes too slowly"
-    ENDING = _Code.UNAVAILABLE, "the server is shutting down"
 
     def __init__(self, code: grpc.StatusCode, meaning: str) -> None:
         self.code = code
@@ -76,7 +75,6 @@ _NOT_THE_CALLERS_INPUT = {
     Reason.SILENT,
     Reason.COMPILE_TIMEOUT,
     Reason.SLOW_READER,
-    Reason.ENDING,
     Reason.OLD_INCARNATION,
 }
 

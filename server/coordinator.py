@@ -16,20 +16,21 @@ from collections.abc import Callable, Sequence
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
 from headwater.protos.layout import Bytes, Layout
-from headwater.protos.wire import PART_BYTES
+from headwater.server import replies
 from headwater.server.admission import Admission, Grant, Ticket
 from headwater.server.applier import Applier, Job, Result
 from headwater.server.config import ServerConfig
 from headwater.server.evaluations import Evaluations
 from headwater.server.identity import RunIdentity
 from headwater.server.ledger import Ledger
-from headwater.server.metrics import Histogram, Rate, RunningMeans
-from headwater.server.order import BatchId, BatchOrder
+from headwater.server.metrics import RunFigures
+from headwater.server.order import BatchOrder
 from headwater.server.refusals import Refusals, Verdict
 from headwater.server.roster import Member, Roster
 from headwater.server.session import Session
 from headwater.server.staging import Staging
 from headwater.server.store import NotFinite, Published, Store
+from headwater.server.waiters import VersionWaiters
 
 log = logging.getLogger("headwater.server")
 
@@ -65,17 +66,10 @@ class Coordinator:
         self.refusals = Refusals()
         self.ledger = Ledger(order.total, order.per_epoch, store.current.applied)
         self.admission = Admission(self.ledger, self.staging.slots, self._avoided_by)
-        self.bytes_in = 0
-        self.bytes_out = 0
         self.durable_version = 0
         self.state_override: pb.RunState | None = None
         """What the ending says of the run; None while it goes on."""
-        self.means = RunningMeans()
-        self.staleness = Histogram()
-        self.updates = Rate()
-        self.examples = Rate()
-        self.lease_lost_count = 0
-        self.malformed_count = 0
+        self.figures = RunFigures()
         self.evaluations = Evaluations()
         self.problems: list[str] = []
         """What needs the user's attention, in sentences."""
@@ -90,8 +84,9 @@ class Coordinator:
         self._life = secrets.randbits(64)
         self._pushes: dict[int, tuple[Member, pb.Push]] = {}  # admitted, by ticket number
         self._buffers: dict[int, Bytes] = {}  # their gradients, until applied or left out
-        self._version_waiters: list[tuple[int, asyncio.Future[None]]] = []
-        self._idle_waiters: list[asyncio.Future[None]] = []
+        self._version_waiters = VersionWaiters()
+        self._idle = asyncio.Event()  # nothing is being applied
+        self._idle.set()
         self._paused_time: float | None = None
         loop = asyncio.get_running_loop()
 
@@ -121,17 +116,8 @@ class Coordinator:
             return member
         session.send(
             self._message(
-                welcome=pb.Welcome(
-                    run_id=self.identity.run_id,
-                    worker_id=member.id,
-                    name=member.name,
-                    seed=self.order.seed,
-                    batch_size=self.order.batch_size,
-                    epochs=self.order.epochs,
-                    batches_per_epoch=self.order.per_epoch,
-                    max_part_bytes=PART_BYTES,
-                    session_timeout_s=self.config.session_timeout_s,
-                    warnings=warnings,
+                welcome=replies.welcome(
+                    member, self.identity.run_id, self.order, self.config, warnings
                 )
             )
         )
@@ -224,17 +210,12 @@ class Coordinator:
         self, member: Member, ticket: Ticket, token: pb.Token, message: str
     ) -> None:
         """Refuse a push that breaks the protocol; its batch goes back."""
-        self.malformed_count += 1
+        self.figures.malformed_count += 1
         self.admission.refuse(ticket)
         log.warning("%s: push rejected: %s", member.name, message)
         self._answer(
             member,
-            pb.Outcome(
-                token=token,
-                code=pb.OUTCOME_REJECTED,
-                rejected_for=pb.REJECTED_FOR_MALFORMED,
-                message=message,
-            ),
+            replies.rejected(token, pb.REJECTED_FOR_MALFORMED, message),
         )
         self._pump()
 
@@ -244,16 +225,9 @@ class Coordinator:
             raise Refused(Reason.MALFORMED, f"a part has {size} bytes; at most {limit} are taken")
 
     def _lease_lost(self, member: Member, token: pb.Token) -> None:
-        self.lease_lost_count += 1
+        self.figures.lease_lost_count += 1
         member.hung = False
-        self._answer(
-            member,
-            pb.Outcome(
-                token=token,
-                code=pb.OUTCOME_LEASE_LOST,
-                message="this ticket is not, or no longer, yours; nothing was changed",
-            ),
-        )
+        self._answer(member, replies.lease_lost(token))
         self._pump()
 
     def _ticket(self, member: Member, token: pb.Token) -> Ticket | None:
@@ -270,6 +244,7 @@ class Coordinator:
             return
         while (ticket := self.admission.next_to_apply()) is not None:
             _, push = self._pushes[ticket.number]
+            self._idle.clear()
             self.applier.submit(Job(ticket, self._buffers[ticket.number], push.loss))
         for grant in self.admission.grants(self.current.version, self.clock()):
             self._send_grant(grant)
@@ -284,8 +259,8 @@ class Coordinator:
             self._refused(member, push, ticket, result)
         elif isinstance(result, Exception):
             log.error("the update failed", exc_info=result)
+            self.admission.refuse(ticket)
             self._finish(f"the update of version {self.current.version + 1} failed: {result}")
-            return
         else:
             self.current = result
             self.admission.settle(ticket, result.applied)
@@ -293,7 +268,9 @@ class Coordinator:
                 self.refusals.left_out(ticket.position)
             else:
                 self._count_update(member, push, ticket, result)
-        self._wake_waiters()
+        self._version_waiters.wake(self.current.version)
+        if not self.admission.applying_count:
+            self._idle.set()
         if self.ledger.done:
             self._finish(None)
         self._pump()
@@ -305,22 +282,13 @@ class Coordinator:
         staleness = result.version - 1 - ticket.base
         size = self.order.size(ticket.position)
         self.refusals.accepted(member.id, ticket.position)
-        self.staleness.add(staleness)
-        self.updates.add(1, now)
-        self.examples.add(size, now)
-        self.means.add({"loss": push.loss, **_bounded(push)})
+        self.figures.count_update(
+            {"loss": push.loss, **_bounded(push)}, examples=size, staleness=staleness, now=now
+        )
         member.gradients += 1
         member.staleness.add(staleness)
         member.examples.add(size, now)
-        self._answer(
-            member,
-            pb.Outcome(
-                token=push.token,
-                code=pb.OUTCOME_APPLIED,
-                version=result.version,
-                staleness=staleness,
-            ),
-        )
+        self._answer(member, replies.applied(push, result.version, staleness))
 
     def _refused(self, member: Member, push: pb.Push, ticket: Ticket, why: NotFinite) -> None:
         batch = self.order.id(ticket.position)
@@ -335,15 +303,7 @@ class Coordinator:
             self.admission.refuse(ticket)
         if verdict is Verdict.QUARANTINE:
             self.ledger.release(member.id)
-        self._answer(
-            member,
-            pb.Outcome(
-                token=push.token,
-                code=pb.OUTCOME_REJECTED,
-                rejected_for=pb.REJECTED_FOR_NOT_FINITE,
-                message=text,
-            ),
-        )
+        self._answer(member, replies.rejected(push.token, pb.REJECTED_FOR_NOT_FINITE, text))
         if verdict is Verdict.CONDEMN and self.config.on_nonfinite == "end":
             self._finish(
                 f"nobody could compute a finite gradient: {text}. Lower the learning rate, or look "
@@ -392,32 +352,25 @@ class Coordinator:
             session.send(message)
 
     def _send_grant(self, grant: Grant, message: pb.ServerMessage | None = None) -> None:
-        ticket = grant.ticket
-        member = self.roster.members[ticket.worker]
+        """Send a ticket, in `message` if there is one to join, with the weights it is based on."""
+        member = self.roster.members[grant.ticket.worker]
         message = message or self._message()
-        for position in grant.leased:
-            batch = message.lease.granted.add(indices=self.order.indices(position).tolist())
-            batch.id.CopyFrom(_id(self.order.id(position)))
+        if grant.leased:
+            message.lease.CopyFrom(replies.lease(self.order, grant.leased))
         if grant.withdrawn_from is not None:
-            self._withdraw(self.roster.members[grant.withdrawn_from], [ticket.position])
-        message.ticket.CopyFrom(
-            pb.Ticket(
-                token=pb.Token(life=self._life, number=ticket.number),
-                batches=[_id(self.order.id(ticket.position))],
-                base=ticket.base,
-                deadline_s=member.deadline_s(self.config.ticket_timeout_s),
-            )
-        )
+            self._withdraw(self.roster.members[grant.withdrawn_from], [grant.ticket.position])
+        deadline_s = member.deadline_s(self.config.ticket_timeout_s)
+        message.ticket.CopyFrom(replies.ticket(self.order, grant, self._life, deadline_s))
         member.granted_time = self.clock()
-        weights = self.current if member.has_version != ticket.base else None
-        member.has_version = ticket.base
+        weights = self.current if member.has_version != grant.ticket.base else None
+        member.has_version = grant.ticket.base
         self._sessions[member.id].send(message, weights)
 
     def _withdraw(self, member: Member, positions: Sequence[int]) -> None:
         """Tell a worker that batches are no longer reserved for it."""
-        withdrawn = [_id(self.order.id(position)) for position in positions]
-        if withdrawn and (session := self._sessions.get(member.id)):
-            session.send(self._message(lease=pb.Lease(withdrawn=withdrawn)))
+        session = self._sessions.get(member.id)
+        if session is not None and positions:
+            session.send(self._message(lease=replies.withdrawal(self.order, positions)))
 
     def _able(self) -> set[int]:
         """Workers that a batch could be given to."""
@@ -465,10 +418,7 @@ class Coordinator:
         if not self.admission.paused:
             self.admission.paused = True
             self._paused_time = self.clock()
-        while self.admission.applying_count:
-            waiter = asyncio.get_running_loop().create_future()
-            self._idle_waiters.append(waiter)
-            await waiter
+        await self._idle.wait()
 
     def resume(self) -> None:
         """Undo pause; deadlines go on from where they stood."""
@@ -496,36 +446,12 @@ class Coordinator:
 
     async def wait_for_version(self, version: int, timeout_s: float) -> None:
         """Returns when the version is there, the run is over, or the time has passed."""
-        if self.current.version >= version or self.state_override is not None:
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._version_waiters.append((version, waiter))
-        await asyncio.wait({waiter}, timeout=timeout_s)
-        waiter.cancel()
+        if self.current.version < version and self.state_override is None:
+            await self._version_waiters.wait(version, timeout_s)
 
     def end_waits(self) -> None:
         """The run is over: nobody waits for a version that will not come."""
-        for _, waiter in self._version_waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._version_waiters.clear()
-
-    def _wake_waiters(self) -> None:
-        if not self.admission.applying_count:
-            for idle in self._idle_waiters:
-                if not idle.done():
-                    idle.set_result(None)
-            self._idle_waiters.clear()
-        if self._version_waiters:
-            kept = []
-            for version, waiter in self._version_waiters:
-                if waiter.done():
-                    continue
-                if version <= self.current.version:
-                    waiter.set_result(None)
-                else:
-                    kept.append((version, waiter))
-            self._version_waiters = kept
+        self._version_waiters.wake(None)
 
     @property
     def state(self) -> pb.RunState:
@@ -534,7 +460,7 @@ class Coordinator:
             return self.state_override
         if self.admission.paused:
             return pb.RUN_PAUSED
-        if self.roster.members and self.updates.per_second(self.clock()) > 0:
+        if self.roster.members and self.figures.updates.per_second(self.clock()) > 0:
             return pb.RUN_TRAINING
         return pb.RUN_WAITING
 
@@ -555,10 +481,6 @@ class Coordinator:
         return pb.ServerMessage(
             stamp=self.stamp(), welcome=welcome, outcome=outcome, lease=lease, bye=bye
         )
-
-
-def _id(batch: BatchId) -> pb.BatchId:
-    return pb.BatchId(epoch=batch.epoch, shard=batch.shard, number=batch.number)
 
 
 def _bounded(push: pb.Push, limit: int = 64) -> dict[str, float]:

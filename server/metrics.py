@@ -89,3 +89,28 @@ class RunningMeans:
 
     def values(self) -> dict[str, float]:
         return {name: total / weight for name, (total, weight) in self._sums.items()}
+
+
+class RunFigures:
+    """What is counted and averaged over one life of a server."""
+
+    def __init__(self) -> None:
+        self.means = RunningMeans()
+        """Of loss and metrics, over the last pushes."""
+        self.staleness = Histogram()
+        self.updates = Rate()
+        self.examples = Rate()
+        self.lease_lost_count = 0
+        self.malformed_count = 0
+        self.bytes_in = 0
+        """Messages and tensors, without gRPC's own framing; so is `bytes_out`."""
+        self.bytes_out = 0
+
+    def count_update(
+        self, values: Mapping[str, float], *, examples: int, staleness: int, now: float
+    ) -> None:
+        """One gradient of `examples` examples moved the weights."""
+        self.means.add(values)
+        self.staleness.add(staleness)
+        self.updates.add(1, now)
+        self.examples.add(examples, now)

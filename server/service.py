@@ -108,7 +108,7 @@ class Service:
 
     async def _write(self, context: Context, data: bytes) -> None:
         await context.write(data)
-        self._run.bytes_out += len(data)
+        self._run.figures.bytes_out += len(data)
 
     @_answered
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:

@@ -122,12 +122,12 @@ class Session:
             raise Refused(
                 Reason.SLOW_READER, f"{len(data)} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"
             ) from None
-        self._coordinator.bytes_out += len(data)
+        self._coordinator.figures.bytes_out += len(data)
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         """Handle what comes, until the worker ends its side."""
         async for data in requests:
-            self._coordinator.bytes_in += len(data)
+            self._coordinator.figures.bytes_in += len(data)
             try:
                 message, body = unframe(pb.WorkerMessage, data)
             except MalformedMessage as error:

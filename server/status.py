@@ -10,7 +10,7 @@ from headwater.server.ledger import BatchState
 def status(run: Coordinator) -> pb.StatusReply:
     """The run as it stands. Field by field as the .proto says."""
     now = run.clock()
-    means = run.means.values()
+    means = run.figures.means.values()
     loss = means.pop("loss", None)
     ledger = run.ledger
     evaluation = run.evaluations.newest
@@ -26,22 +26,22 @@ def status(run: Coordinator) -> pb.StatusReply:
         loss=loss,
         metrics=dict(evaluation.metrics) if evaluation else {},
         metrics_version=evaluation.version if evaluation else None,
-        updates_per_second=run.updates.per_second(now),
-        examples_per_second=run.examples.per_second(now),
+        updates_per_second=run.figures.updates.per_second(now),
+        examples_per_second=run.figures.examples.per_second(now),
         staleness=pb.Staleness(
-            mean=run.staleness.mean,
-            p50=run.staleness.percentile(50),
-            p99=run.staleness.percentile(99),
-            max=run.staleness.max,
+            mean=run.figures.staleness.mean,
+            p50=run.figures.staleness.percentile(50),
+            p99=run.figures.staleness.percentile(99),
+            max=run.figures.staleness.max,
         ),
         rejected=pb.Rejected(
-            lease_lost=run.lease_lost_count,
+            lease_lost=run.figures.lease_lost_count,
             nonfinite=run.refusals.total,
-            malformed=run.malformed_count,
+            malformed=run.figures.malformed_count,
         ),
         parameters=run.layout.element_count,
-        bytes_in=run.bytes_in,
-        bytes_out=run.bytes_out,
+        bytes_in=run.figures.bytes_in,
+        bytes_out=run.figures.bytes_out,
         workers=[
             member.status(now, member.id in run.refusals.quarantined)
             for member in run.roster.members.values()
