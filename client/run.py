@@ -96,7 +96,10 @@ class Training:
         share = self._share_of_machine()
         server = self._start(
             "server", "server",
-            ["--listen", listen, "--exit-when-done", *self._pass_on_to_server()],
+            [
+                "--listen", listen, "--exit-when-done", "--await-evaluation",
+                *self._pass_on_to_server(),
+            ],
             environment=share, tells_ready=True,
         )  # fmt: skip
         workers = [
@@ -150,6 +153,8 @@ class Training:
                     self._display.show(status)
                     if evaluator is None and facts["evaluates"] and status["version"] > 0:
                         evaluator = self._start_evaluator(address, share, facts)
+                    if evaluator and evaluator.status and status["state"] == "finished":
+                        server.send(signal.SIGTERM)  # the evaluation will not come
                 self._mind(workers, gone, server)
                 time.sleep(POLL_S)
 

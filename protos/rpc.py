@@ -84,10 +84,17 @@ def split_address(address: str, flag: str) -> tuple[str, int]:
     Raises:
       UsageError: It has no port, or one out of range; names `flag`.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    host, _, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    bracketed = bare != host
+    if (
+        not bare
+        or set(bare) & set("[]")
+        or (":" in bare) != bracketed
+        or not (port.isascii() and port.isdecimal() and int(port) < 1 << 16)
+    ):
         raise UsageError(f"{flag} takes HOST:PORT such as {DEFAULT_ADDRESS}, not {address!r}")
-    return host.strip("[]"), int(port)
+    return bare, int(port)
 
 
 def join_address(host: str, port: int) -> str:

@@ -165,10 +165,11 @@ class Admission:
         late = [o.ticket for o in self._out.values() if now - o.last_progress > o.deadline_s]
         return [(self._void(t.number), self.ledger.release(t.worker)) for t in late]
 
-    def shift(self, seconds: float) -> None:
+    def shift(self, seconds: float, now: float) -> None:
         """Move every deadline on: the time was nobody's fault (a pause, a stopped server)."""
         for out in self._out.values():
-            out.last_progress += seconds
+            # Progress made in the meantime has moved its deadline already.
+            out.last_progress = min(out.last_progress + seconds, now)
 
     # ------------------------------------------------------------ privately
 
@@ -193,7 +194,7 @@ class Admission:
         position = self.ledger.take(worker)
         holder = None
         if position is None:
-            moved = self.ledger.withdraw(worker)
+            moved = self.ledger.withdraw(worker, self._avoid(worker))
             if moved is None:
                 return None
             holder, position = moved

@@ -58,8 +58,12 @@ class ServerConfig:
     compile_timeout_s: float = 1800.0
     """Seconds a worker may compile before its first ticket."""
 
+    await_evaluation: bool = False
+    """Before it exits, wait for an evaluation of the final version, even from an
+    evaluator that has not been heard of yet."""
+
     evaluation_timeout_s: float = 60.0
-    """Seconds that a finished server waits for a promised evaluation before it exits."""
+    """Seconds that a finished server waits for an evaluation before it exits."""
 
     def __post_init__(self) -> None:
         host, port = split_address(self.listen, "--listen")
@@ -84,8 +88,10 @@ class ServerConfig:
         for flag, seconds in (
             ("session-timeout", self.session_timeout_s),
             ("ticket-timeout", self.ticket_timeout_s),
+            ("compile-timeout", self.compile_timeout_s),
+            ("evaluation-timeout", self.evaluation_timeout_s),
         ):
-            if seconds <= 0:
+            if not seconds > 0:  # NaN is not
                 raise UsageError(f"--{flag} {seconds} must be more than 0 seconds")
 
 

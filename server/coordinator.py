@@ -402,7 +402,7 @@ class Coordinator:
 
     def shift(self, seconds: float) -> None:
         """The server itself stood still for so long: move every deadline."""
-        self.admission.shift(seconds)
+        self.admission.shift(seconds, self.clock())
         self.roster.shift(seconds)
 
     def _cut(self, member: Member, reason: Reason, message: str) -> None:
@@ -424,7 +424,8 @@ class Coordinator:
         """Undo pause; deadlines go on from where they stood."""
         if self.admission.paused and self._paused_time is not None:
             self.admission.paused = False
-            self.admission.shift(self.clock() - self._paused_time)
+            now = self.clock()
+            self.admission.shift(now - self._paused_time, now)
             self._paused_time = None
             self._pump()
 

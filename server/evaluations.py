@@ -28,9 +28,11 @@ class Evaluations:
         if self.newest is None or report.version >= self.newest.version:
             self.newest = report
 
-    def expected(self, version: int, now: float, patience_s: float) -> bool:
-        """Whether an evaluator is about that has not reported on `version` yet."""
-        if self.newest is not None and self.newest.version >= version:
-            return False
+    def is_done(self, version: int) -> bool:
+        """Whether this version, or a later one, was reported on."""
+        return self.newest is not None and self.newest.version >= version
+
+    def expected(self, now: float, patience_s: float) -> bool:
+        """Whether an evaluator is about that may still report."""
         recent = self._seen_time is not None and now - self._seen_time < patience_s
         return self._waiting > 0 or recent

@@ -102,21 +102,25 @@ class Ledger:
             heapq.heappush(self._leased[worker], position)
         return taken
 
-    def withdraw(self, worker: WorkerId) -> tuple[WorkerId, int] | None:
+    def withdraw(
+        self, worker: WorkerId, avoid: Collection[int] = ()
+    ) -> tuple[WorkerId, int] | None:
         """Move a leased batch from the worker that has most of them to `worker`.
 
         For the end of a run, when nothing is pending: a slow worker's reserve
         must not keep the others idle. Takes the batch its holder would reach
-        last. Returns (old holder, position), or None when nobody holds any.
+        last, and none in `avoid`. Returns (old holder, position), or None when
+        nobody holds a suitable one.
         """
-        holder = max(self._leased, key=lambda w: len(self._leased[w]), default=None)
-        if holder is None or holder == worker or not self._leased[holder]:
-            return None
-        position = max(self._leased[holder])
-        self._unlease(holder, position)
-        self._under_way[position] = BatchState.LEASED, worker
-        heapq.heappush(self._leased[worker], position)
-        return holder, position
+        for holder in sorted(self._leased, key=lambda w: -len(self._leased[w])):
+            suitable = [p for p in self._leased[holder] if p not in avoid]
+            if holder != worker and suitable:
+                position = max(suitable)
+                self._unlease(holder, position)
+                self._under_way[position] = BatchState.LEASED, worker
+                heapq.heappush(self._leased[worker], position)
+                return holder, position
+        return None
 
     def take(self, worker: WorkerId) -> int | None:
         """Ticket the worker's lowest leased batch; None when it has none."""

@@ -62,6 +62,13 @@ def server(
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", help="End when the run is finished.")
     ] = False,
+    await_evaluation: Annotated[
+        bool,
+        typer.Option(
+            "--await-evaluation",
+            help="Before that, wait up to a minute for `headwater evaluate` to report.",
+        ),
+    ] = False,
     on_nonfinite: Annotated[
         Literal["end", "skip"],
         typer.Option(help="A batch that nobody can compute ends the run, or is left out."),
@@ -98,6 +105,7 @@ def server(
         optimizer=optimizer,
         seed=seed,
         exit_when_done=exit_when_done,
+        await_evaluation=await_evaluation,
         on_nonfinite=on_nonfinite,
         max_staged_bytes=max_staged_bytes,
         session_timeout_s=session_timeout,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Mapping
 
@@ -83,6 +84,8 @@ class RunningMeans:
 
     def add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
+            if not math.isfinite(value):
+                continue  # it would make the mean NaN for ever
             total, weight = self._sums.get(name, (0.0, 0.0))
             rest = 1 - SMOOTHING
             self._sums[name] = SMOOTHING * total + rest * value, SMOOTHING * weight + rest

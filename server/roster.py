@@ -8,6 +8,7 @@ Pure: no I/O, no threads; time comes in as an argument.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections import deque
 
@@ -60,7 +61,7 @@ class Member:
         """Seconds a ticket of this worker may go without progress."""
         if not self.step_s:
             return least_s
-        p99 = sorted(self.step_s)[int(0.99 * (len(self.step_s) - 1))]
+        p99 = sorted(self.step_s)[math.ceil(0.99 * len(self.step_s)) - 1]
         return max(least_s, 10 * p99)
 
     def status(self, now: float, quarantined: bool) -> pb.WorkerStatus:
@@ -123,10 +124,10 @@ class Roster:
         Raises:
           Refused: UNKNOWN_WORKER.
         """
-        for member in self.members.values():
-            if who in (member.name, str(member.id)):
-                self._evicted.add(member.hello.instance)
-                return member
+        by_name = [m for m in self.members.values() if m.name == who]
+        for member in by_name or [m for m in self.members.values() if str(m.id) == who]:
+            self._evicted.add(member.hello.instance)
+            return member
         names = ", ".join(m.name for m in self.members.values()) or "no one"
         raise Refused(
             Reason.UNKNOWN_WORKER, f"no worker is called {printable(who)!r}; connected: {names}"
@@ -151,4 +152,4 @@ class Roster:
 
 def printable(text: str) -> str:
     """A peer's text, safe and short enough to show."""
-    return "".join(c for c in text if c.isprintable())[:MAX_TEXT]
+    return "".join(c for c in text if c.isprintable()).strip()[:MAX_TEXT]

@@ -64,6 +64,7 @@ class Prepared:
     store: Store
     run_dir: RunDir
     optimizer_text: str
+    awaits_evaluation: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,7 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
         store,
         run_dir,
         optimizer.text,
+        awaits_evaluation=config.await_evaluation and task.evaluate is not None,
     )
 
 
@@ -221,7 +223,10 @@ class Serving:
         end = run.clock() + patience
         said = False
         while run.clock() < end and not self._stopping.is_set():
-            if not run.evaluations.expected(run.current.version, run.clock(), patience):
+            version, now = run.current.version, run.clock()
+            if run.evaluations.is_done(version) or not (
+                self._prepared.awaits_evaluation or run.evaluations.expected(now, patience)
+            ):
                 return
             if not said:
                 log.info("waiting up to %.0f s for the evaluation of the final version", patience)

@@ -64,7 +64,7 @@ class History:
             "lose": self._lose,
             "wait": self._wait,
             "progress": self._progress,
-            "shift": self._shift,
+            "stand_still": self._stand_still,
             "pause": self._pause,
             "resume": self._resume,
         }
@@ -116,8 +116,9 @@ class History:
         self.admission.progress(_id(who), self._now)
         return []
 
-    def _shift(self, seconds: str) -> list[str]:
-        self.admission.shift(float(seconds))
+    def _stand_still(self, seconds: str) -> list[str]:
+        self._now += float(seconds)
+        self.admission.shift(float(seconds), self._now)
         return []
 
     def _pause(self) -> list[str]:
@@ -126,7 +127,7 @@ class History:
 
     def _resume(self) -> list[str]:
         self.admission.paused = False
-        self.admission.shift(self._now - self._paused_time)
+        self.admission.shift(self._now - self._paused_time, self._now)
         return []
 
 
@@ -336,8 +337,20 @@ def test_a_pause_stops_tickets_and_updates_and_freezes_deadlines() -> None:
 def test_time_that_was_nobodys_fault_does_not_count() -> None:
     History(total=100).play("""
         ask a      -> a gets 0
-        shift 100  -> nothing
-        wait 160   -> nothing
+        stand_still 100 -> nothing
+        wait 60    -> nothing
+        wait 1     -> 0 back
+    """)
+
+
+def test_progress_during_a_pause_is_not_counted_twice() -> None:
+    History(total=100).play("""
+        ask a      -> a gets 0
+        pause      -> nothing
+        wait 3600  -> nothing
+        progress a -> nothing
+        resume     -> nothing
+        wait 60    -> nothing
         wait 1     -> 0 back
     """)
 
@@ -459,6 +472,7 @@ class Runs(RuleBasedStateMachine):
 
     # ---------------------------------------------------------- what happens
 
+    @precondition(lambda self: len(self.workers) < 8)  # more would only wait for slots
     @rule(deadline_s=st.integers(5, 60))
     def join(self, deadline_s: int) -> None:
         self.joined_count += 1
@@ -506,14 +520,12 @@ class Runs(RuleBasedStateMachine):
         self.refusers.setdefault(ticket.position, set()).add(ticket.worker)
         self.serve()
 
+    @precondition(lambda self: self.held and not self.admission.paused)
     @rule()
     def begin_apply(self) -> None:
         ticket = self.admission.next_to_apply()
-        if self.admission.paused or not self.held:
-            assert ticket is None
-        else:
-            assert ticket == self.held.pop(0)
-            self.applying.append(ticket)
+        assert ticket == self.held.pop(0)
+        self.applying.append(ticket)
         self.serve()
 
     @precondition(lambda self: self.applying)
@@ -556,6 +568,7 @@ class Runs(RuleBasedStateMachine):
             if awaited.ticket.worker == worker:
                 awaited.last_progress = self.now
 
+    @precondition(lambda self: self.awaited)
     @rule(seconds=st.integers(1, 80))
     def let_time_pass(self, seconds: int) -> None:
         self.now += seconds
@@ -568,9 +581,11 @@ class Runs(RuleBasedStateMachine):
         assert [ticket for ticket, _ in expired] == late
         for ticket, released in expired:
             del self.awaited[ticket.number]
-            self.reserve[ticket.worker].difference_update(released)
+            assert set(released) == self.reserve[ticket.worker]
+            self.reserve[ticket.worker].clear()
         self.serve()
 
+    @precondition(lambda self: self.awaited)
     @rule(seconds=st.integers(1, 40))
     def stand_still(self, seconds: int) -> None:
         """The server itself was stopped."""
@@ -626,24 +641,27 @@ class Runs(RuleBasedStateMachine):
 
     def granted(self, grant: Grant) -> None:
         ticket = grant.ticket
+        assert not self.admission.paused
         self.issued_count += 1
         assert (ticket.number, ticket.base) == (self.issued_count, self.version)
         deadline_s = self.waiting.pop(ticket.worker)  # one ticket for each time it asked
         mine = self.reserve[ticket.worker]
         assert mine.isdisjoint(grant.leased)
         if grant.withdrawn_from is None:
-            assert self.avoided_by(ticket.worker).isdisjoint(grant.leased)
+            possible = sorted(self.pending() - self.avoided_by(ticket.worker))
+            assert list(grant.leased) == possible[: len(grant.leased)]
             assert ticket.position == min(mine.union(grant.leased))
         else:
+            assert ticket.position not in self.avoided_by(ticket.worker)
             self.reserve[grant.withdrawn_from].remove(ticket.position)
         mine.update(grant.leased)
         mine.remove(ticket.position)
         self.awaited[ticket.number] = Awaited(ticket, self.now, deadline_s)
 
     def shift(self, seconds: int) -> None:
-        self.admission.shift(seconds)
+        self.admission.shift(seconds, self.now)
         for awaited in self.awaited.values():
-            awaited.last_progress += seconds
+            awaited.last_progress = min(awaited.last_progress + seconds, self.now)
 
     def avoided_by(self, worker: int) -> set[int]:
         """What the worker had refused and somebody else here has yet to try."""
@@ -719,6 +737,11 @@ class Runs(RuleBasedStateMachine):
     def at_most_two_epochs_are_open(self) -> None:
         begun = [n for n in range(self.total) if self.ledger.state(n) is not None]
         assert max(begun, default=-1) < self.end_of_open_epochs()
+
+    @invariant()
+    def nothing_is_applied_in_a_pause_or_out_of_nothing(self) -> None:
+        if self.admission.paused or not self.held:
+            assert self.admission.next_to_apply() is None
 
     @invariant()
     def nobody_waits_while_there_is_something_to_do(self) -> None:
