@@ -73,6 +73,8 @@ class Training:
           HeadwaterError: It failed; says who, and why. Every process has ended.
         """
         self._children: list[Child] = []
+        self._run_dir: Path | None = None
+        self._said: set[str] = set()
         self._display = Display(Console())
         try:
             with _signals_raise(), self._display:
@@ -113,11 +115,12 @@ class Training:
         count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
         self._display.wait_for(f"starting a server and {count} at {address}")
         facts = self._wait_until_ready(server)
-        logs = Path(facts["run_dir"]) / "logs"
+        self._run_dir = Path(facts["run_dir"])
+        logs = self._run_dir / "logs"
         logs.mkdir(exist_ok=True)
         for child in self._children:
             child.log_to(logs / f"{child.name}.log")
-        self._follow(server, workers, address, facts, share)
+        self._follow(server, workers, address, share, logs, evaluates=facts["evaluates"])
         if server.status != 0:
             raise RunFailed(server.last_words())
         wait_all(self._children, FOLLOW_TIMEOUT_S)
@@ -140,8 +143,10 @@ class Training:
         server: Child,
         workers: list[Child],
         address: str,
-        facts: Mapping[str, Any],
         share: Mapping[str, str],
+        logs: Path,
+        *,
+        evaluates: bool,
     ) -> None:
         """Show how it goes until the server has ended."""
         evaluator: Child | None = None
@@ -151,24 +156,29 @@ class Training:
                 with contextlib.suppress(HeadwaterError):  # it may be ending
                     status = client.status()
                     self._display.show(status)
-                    if evaluator is None and facts["evaluates"] and status["version"] > 0:
-                        evaluator = self._start_evaluator(address, share, facts)
+                    self._warn_of(status["problems"])
+                    if evaluates and evaluator is None and status["version"] > 0:
+                        evaluator = self._start_evaluator(address, share, logs)
                     if evaluator and evaluator.status and status["state"] == "finished":
                         server.send(signal.SIGTERM)  # the evaluation will not come
                 self._mind(workers, gone, server)
                 time.sleep(POLL_S)
 
-    def _start_evaluator(
-        self, address: str, share: Mapping[str, str], facts: Mapping[str, Any]
-    ) -> Child:
+    def _start_evaluator(self, address: str, share: Mapping[str, str], logs: Path) -> Child:
         # Not before the first update: until then the others need the cores to start.
         evaluator = self._start(
             "evaluator", "evaluate",
             ["--server", address, "--follow", "--nice", str(EVALUATOR_NICE), "--platform", "cpu"],
             environment=share,
         )  # fmt: skip
-        evaluator.log_to(Path(facts["run_dir"]) / "logs" / "evaluator.log")
+        evaluator.log_to(logs / "evaluator.log")
         return evaluator
+
+    def _warn_of(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            if problem not in self._said:
+                self._said.add(problem)
+                self._display.say(f"warning: {problem}")
 
     def _mind(self, workers: list[Child], gone: set[str], server: Child) -> None:
         """Warn of workers that ended early; end a run that has none left."""
@@ -181,7 +191,7 @@ class Training:
 
     def _stop_in_order(self) -> None:
         """End everything within 5 s: the server first, so that it keeps the weights."""
-        self._display.say("stopping; the weights are kept")
+        self._display.say("stopping")
         with contextlib.suppress(_Stopped):  # the second signal ends it at once
             for child in self._children[:1]:
                 child.send(signal.SIGTERM)
@@ -189,6 +199,10 @@ class Training:
             for child in self._children[1:]:
                 child.send(signal.SIGTERM)
             wait_all(self._children, KILL_S)
+            if self._run_dir is not None and self._children[0].status == 0:
+                self._display.say(f"the weights are in {self._run_dir / 'weights.safetensors'}")
+            elif self._run_dir is not None:
+                self._display.say(f"server {_how(self._children[0])}")
 
     # ---------------------------------------------------------------- starting
 
@@ -293,17 +307,27 @@ def _signals_raise() -> Iterator[None]:
 def _print_result(facts: Mapping[str, Any]) -> None:
     """The final metrics, and where everything is."""
     run_dir = Path(facts["run_dir"])
-    with (run_dir / "metrics.jsonl").open() as lines:
-        last: dict[str, Any] = {}
-        for line in lines:
-            last = json.loads(line)
-    print(
-        f"finished at version {last['version']:,} in {last['seconds']:.1f} s "
-        f"({last['updates_per_second']:,.0f} updates/s)"
-    )
-    if last["metrics"]:
-        print(f"evaluation  {show.metrics(last['metrics'])}")
-    elif facts["evaluates"]:
-        print("the final version was not evaluated; see logs/evaluator.log", file=sys.stderr)
+    end = _end_record(run_dir / "metrics.jsonl")
+    if end is None:
+        print("finished; metrics.jsonl lacks its end: see logs/server.log", file=sys.stderr)
+    else:
+        print(
+            f"finished at version {end['version']:,} in {end['seconds']:.1f} s "
+            f"({end['updates_per_second']:,.0f} updates/s)"
+        )
+        if end["metrics"]:
+            print(f"evaluation  {show.metrics(end['metrics'])}")
+        elif facts["evaluates"]:
+            print("the final version was not evaluated; see logs/evaluator.log", file=sys.stderr)
     print(f"weights     {run_dir / 'weights.safetensors'}")
     print(f"metrics     {run_dir / 'metrics.jsonl'}")
+
+
+def _end_record(path: Path) -> dict[str, Any] | None:
+    """The last line of metrics.jsonl; None where a full disk kept it from being written."""
+    lines = path.read_text().splitlines()
+    try:
+        record = json.loads(lines[-1])
+    except (IndexError, json.JSONDecodeError):
+        return None
+    return record if record["kind"] == "end" else None

@@ -122,9 +122,15 @@ def server(
         prepared = prepare(loaded, config)
     ended, interrupted = asyncio.run(_serve(prepared, loaded, task))
     prepared.run_dir.close()
+    place = f"the weights of version {ended.version} are in {prepared.run_dir.weights_path}"
+    if not ended.saved:
+        place = f"the weights of version {ended.version} could not be written, and are lost"
     if ended.state == pb.RUN_FAILED:
-        raise RunFailed(f"{ended.message}. The weights of version {ended.version} are in "
-                        f"{prepared.run_dir.weights_path}")  # fmt: skip
+        raise RunFailed(f"{ended.message}; {place}")
+    if not ended.saved:
+        raise RunFailed(place)
+    names = {pb.RUN_FINISHED: "finished"}
+    log.info("%s; %s", names.get(ended.state, "stopped"), place)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -166,11 +172,6 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
         )
 
     ended = await serving.run(on_ready)
-    names = {pb.RUN_FINISHED: "finished", pb.RUN_FAILED: "failed"}
-    log.info(
-        "%s at version %d; its weights are in %s",
-        names.get(ended.state, "stopped"), ended.version, prepared.run_dir.weights_path,
-    )  # fmt: skip
     return ended, signal.SIGINT in received
 
 

@@ -50,6 +50,9 @@ STANDSTILL_S = 1.0
 """A tick later than this means that the process itself was stopped."""
 PROGRESS_S = 1.0
 """Between progress lines in metrics.jsonl."""
+SAVE_RETRY_S = 2.0
+SAVE_TIMEOUT_S = 600.0
+"""For somebody to make room on the disk for the final weights; `pull` can take them meanwhile."""
 CLOSE_TIMEOUT_S = 2.0
 """For streams to end after bye."""
 
@@ -75,6 +78,8 @@ class Ended:
     version: int
     message: str
     """With RUN_FAILED, why."""
+    saved: bool
+    """Whether that version is on disk."""
 
 
 def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
@@ -196,7 +201,7 @@ class Serving:
         if not finished:
             run.stop_training()
             await run.pause()  # what the applier has begun becomes part of the weights
-        saved = await self._save(run.current)
+        saved = await self._save_patiently(run.current)
         if not saved and finished:
             error = f"the final weights could not be written to {run.run_dir}"
         run.state_override = (
@@ -216,7 +221,7 @@ class Serving:
                     await self._stopping.wait()
             else:
                 await self._wait_for_evaluation()
-        return Ended(run.state_override, run.current.version, error or "")
+        return Ended(run.state_override, run.current.version, error or "", saved)
 
     async def _wait_for_evaluation(self) -> None:
         run, patience = self.run_state, self._prepared.config.evaluation_timeout_s
@@ -233,8 +238,26 @@ class Serving:
                 said = True
             await asyncio.sleep(0.05)
 
-    async def _save(self, published: Published) -> bool:
-        """Make a version durable; a failure is shown, not raised."""
+    async def _save_patiently(self, published: Published) -> bool:
+        """Make a version durable; when the disk will not have it, try until somebody stops us."""
+        run = self.run_state
+        end = run.clock() + SAVE_TIMEOUT_S
+        while (problem := await self._save(published)) is not None:
+            if self._stopping.is_set() or run.clock() > end:
+                return False
+            if problem not in run.problems:
+                run.problems.append(problem)
+                log.error(
+                    "%s; trying again for %.0f min: make room, or take them with `headwater pull`",
+                    problem,
+                    SAVE_TIMEOUT_S / 60,
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), SAVE_RETRY_S)
+        return True
+
+    async def _save(self, published: Published) -> str | None:
+        """Make a version durable; returns what was wrong, if anything."""
         run, layout = self.run_state, self.run_state.layout
         names = [spec.name for spec in layout.tensors]
         arrays = dict(zip(names, map(np.asarray, published.leaves), strict=True))
@@ -247,11 +270,9 @@ class Serving:
         try:
             await asyncio.to_thread(self._prepared.run_dir.save_weights, arrays, metadata)
         except OSError as error:
-            run.problems.append(f"the weights could not be written: {error}")
-            log.error("%s", run.problems[-1])
-            return False
+            return f"the weights of version {published.version} could not be written: {error}"
         run.durable_version = published.version
-        return True
+        return None
 
     # -------------------------------------------------------------- background
 
