@@ -215,10 +215,13 @@ def _checked(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
         _dtype(spec.name, spec.dtype.name)
         if spec.role != PARAMETER:
             raise LayoutError(f"{spec.name!r} has role {spec.role}; only parameters are served")
-        # Without the zeros, so that [2**63, 0] is seen for what it is.
-        extent = spec.dtype.itemsize * math.prod(size for size in spec.shape if size)
-        if len(spec.shape) > MAX_DIMENSIONS or extent > _MAX_BYTES:
-            raise LayoutError(f"{spec.name!r} of shape {spec.shape} is too large for any machine")
+        # Without the zeros, so that [2**63, 0] is seen for what it is; and not
+        # before the axes were counted, for millions of them take minutes.
+        if len(spec.shape) > MAX_DIMENSIONS or _MAX_BYTES < spec.dtype.itemsize * math.prod(
+            size for size in spec.shape if size
+        ):
+            axes = f"{spec.shape}" if len(spec.shape) <= 8 else f"{len(spec.shape)} axes"
+            raise LayoutError(f"{spec.name!r} of shape {axes} is too large for any machine")
         if spec.offset != _aligned(end):
             raise LayoutError(
                 f"{spec.name!r} starts at byte {spec.offset}; in its place in the order it starts "
