@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +14,9 @@ from rich.live import Live
 from headwater import __version__
 from headwater.client import show
 from headwater.client.client import Client
-from headwater.client.main import PROCESSES, become
+from headwater.client.main import PROCESSES, hand_over
 from headwater.client.status import Status
+from headwater.protos import plain_json
 from headwater.protos.command import ServerAddress, new_app
 from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS
@@ -34,7 +33,6 @@ OVER = ("finished", "failed", "stopping")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 app = new_app(
-    no_args_is_help=True,
     help="A parameter server for JAX. Start a server, start workers anywhere, look and steer.",
 )
 
@@ -45,13 +43,16 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def headwater_command(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Say which.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 _ANY_ARGUMENTS = {
@@ -65,7 +66,7 @@ def _list_process(name: str, help_text: str) -> None:
     """Have `headwater --help` list a command that is a process of its own."""
 
     def command(context: typer.Context) -> None:
-        become(name, context.args)
+        hand_over(name, context.args)
 
     app.command(name, help=help_text, context_settings=_ANY_ARGUMENTS)(command)
 
@@ -264,13 +265,4 @@ def _steer(server: str, what: Callable[[Client], str]) -> None:
 
 
 def _print_json(value: Any, indent: int | None = 2) -> None:
-    print(json.dumps(_finite(value), indent=indent, allow_nan=False), flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(plain_json.dumps(value, indent), flush=True)

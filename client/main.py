@@ -1,11 +1,12 @@
-"""`headwater`: the command. It looks and steers itself, and trains by becoming another process.
+"""`headwater`: the command. It looks and steers by itself, and hands over to what trains.
 
 Quick, because it imports neither JAX nor, until it must, NumPy.
 """
 
 from __future__ import annotations
 
-import os
+import importlib
+import signal
 import sys
 
 PROCESSES = {
@@ -14,27 +15,34 @@ PROCESSES = {
     "evaluate": ("headwater.worker.evaluate", "Evaluate the served weights and report the result."),
     "check": ("headwater.server.check", "Try a task out: one batch, one gradient, no server."),
 }
-"""Commands that need JAX: each is a module to run, and what it is for."""
+"""Commands that need JAX: each is the `main` of a module, and what it is for."""
 
 
 def command_line(command: str, arguments: list[str]) -> list[str]:
-    """What runs a command of PROCESSES."""
+    """What runs a command as a process of its own."""
     # -P: a folder called headwater where the user works must not hide this package.
-    return [sys.executable, "-P", "-m", PROCESSES[command][0], *arguments]
+    return [sys.executable, "-P", "-m", "headwater.client.main", command, *arguments]
 
 
-def become(command: str, arguments: list[str]) -> None:
-    """Be a command of PROCESSES from now on, so that pid and signals are its own."""
-    os.execv(sys.executable, command_line(command, arguments))  # noqa: S606  (our own module)
+def hand_over(command: str, arguments: list[str]) -> None:
+    """Be a command of PROCESSES from now on, in this process: pid and signals stay its own."""
+    # Until it minds signals itself, Ctrl-C ends it at once: loading JAX takes
+    # seconds, and loses a KeyboardInterrupt now and then.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.argv = [f"headwater {command}", *arguments]
+    importlib.import_module(PROCESSES[command][0]).main()
 
 
 def main() -> None:
     """The `headwater` command."""
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
-        become(sys.argv[1], sys.argv[2:])
-    from headwater.client import commands
-    from headwater.protos import command
-
+        hand_over(sys.argv[1], sys.argv[2:])
+        return
+    try:
+        from headwater.client import commands
+        from headwater.protos import command
+    except KeyboardInterrupt:
+        sys.exit(130)
     command.run(commands.app, "headwater")
 
 

@@ -185,9 +185,12 @@ class Training:
         for child in workers:
             if child.status not in (None, 0) and child.name not in gone:
                 gone.add(child.name)
-                self._display.say(f"warning: {child.name} {_how(child)}; the others go on")
-        if len(gone) == len(workers) and server.status is None:
-            raise _failure(workers[-1])
+                if len(gone) < len(workers):
+                    self._display.say(f"warning: {child.name} {_how(child)}; the others go on")
+                elif server.status is None:
+                    failure = _failure(child)
+                    self._stop_in_order()
+                    raise failure
 
     def _stop_in_order(self) -> None:
         """End everything within 5 s: the server first, so that it keeps the weights."""

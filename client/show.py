@@ -29,7 +29,7 @@ def status_screen(status: Status) -> RenderableType:
     grid.add_column(style="dim")
     grid.add_column()
     for name, value in _status_rows(status):
-        grid.add_row(name, value)
+        grid.add_row(name, Text(value) if isinstance(value, str) else value)
     problems = [Text(f"! {problem}", style="red") for problem in status["problems"]]
     return Group(grid, *problems)
 
@@ -101,9 +101,9 @@ def workers_table(workers: list[dict[str, Any]]) -> Table:
     for worker in workers:
         table.add_row(
             str(worker["id"]),
-            worker["name"],
-            worker["host"],
-            f"{worker['platform']} x{worker['devices']}",
+            Text(worker["name"]),  # as they are: a peer's text is no markup
+            Text(worker["host"]),
+            Text(f"{worker['platform']} x{worker['devices']}"),
             Text(worker["state"], style=_STATE_STYLES.get(worker["state"], "")),
             f"{worker['gradients']:,}",
             f"{worker['examples_per_second']:,.0f}",
@@ -128,7 +128,7 @@ def one_line(status: Status) -> str:
 def size(count: float) -> str:
     """Bytes for people: `40.0 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.95 or (unit == "B" and count < 1000):
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"

@@ -34,6 +34,6 @@ def _value(message: Message, field: Any) -> Any:
     if field.message_type is not None:
         return _values(value)
     if field.enum_type is not None:
-        name = field.enum_type.values_by_number[value].name
-        return name.partition("_")[2].lower()
+        known = field.enum_type.values_by_number.get(value)
+        return known.name.partition("_")[2].lower() if known else f"unknown ({value})"
     return value

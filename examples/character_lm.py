@@ -31,7 +31,7 @@ ALPHABET = b"\t\n" + bytes(range(32, 127))
 """The 97 characters there are, by token: tab, newline, and printable ASCII."""
 
 STANDARD_LIBRARY_BYTES = 2_000_000
-"""How much of the standard library is read: an epoch takes one core about a minute."""
+"""How much of the standard library is read: an epoch takes one core about half a minute."""
 
 
 def encode(text: bytes) -> npt.NDArray[np.uint8]:
@@ -60,7 +60,7 @@ class Windows:
         self.context = context
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.context
+        return max(0, (len(self.tokens) - 1) // self.context)
 
     def batch(
         self, indices: npt.NDArray[np.int64], rng: np.random.Generator | None = None

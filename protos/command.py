@@ -7,6 +7,7 @@ a server says where it listens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -47,26 +48,39 @@ def run(app: typer.Typer, prog: str) -> NoReturn:
     Errors are one line on stderr, and the user's own traceback where there is one.
     """
     _log_to_stderr(prog)
+    status = _status_of(app, prog)
     try:
-        status = _invoke(app, prog)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader, say `head`, has all it wants. Nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+    except OSError as error:
+        status = _unwritten(prog, error)
     sys.exit(status)
 
 
-def _invoke(app: typer.Typer, prog: str) -> int:
+def _status_of(app: typer.Typer, prog: str) -> int:
     try:
         status = typer.main.get_command(app).main(prog_name=prog, standalone_mode=False)
     except typer.TyperException as error:
         return _fail(prog, f"{error.format_message()} (see {prog} --help)", error.exit_code)
     except HeadwaterError as error:
         return _fail(prog, str(error), error.exit_status)
+    except OSError as error:
+        return _unwritten(prog, error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except SystemExit as end:
+        # How typer ends a command whose reader has gone.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        return _unwritten(prog, end.__context__)
     return status if isinstance(status, int) else 0
+
+
+def _unwritten(prog: str, error: OSError) -> int:
+    """Nothing more can be said on stdout; a reader that has all it wants, say `head`, is fine."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, BrokenPipeError):
+        return 0
+    return _fail(prog, f"the output could not be written: {error}", 1)
 
 
 def _fail(prog: str, message: str, status: int) -> int:
@@ -114,5 +128,6 @@ def announce_ready(facts: Mapping[str, Any]) -> None:
     """Tell the process that started this server that it serves, if it asked."""
     text = os.environ.pop(READY_ENV, "")
     if text:
-        with os.fdopen(int(text), "w") as pipe:
+        # One that has gone does not want to know; the lifeline tells of it.
+        with contextlib.suppress(BrokenPipeError), os.fdopen(int(text), "w") as pipe:
             pipe.write(json.dumps(facts) + "\n")

@@ -217,8 +217,9 @@ def _checked(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
             raise LayoutError(f"{spec.name!r} has role {spec.role}; only parameters are served")
         # Without the zeros, so that [2**63, 0] is seen for what it is; and not
         # before the axes were counted, for millions of them take minutes.
-        if len(spec.shape) > MAX_DIMENSIONS or _MAX_BYTES < spec.dtype.itemsize * math.prod(
-            size for size in spec.shape if size
+        if (
+            len(spec.shape) > MAX_DIMENSIONS
+            or spec.dtype.itemsize * math.prod(size for size in spec.shape if size) > _MAX_BYTES
         ):
             axes = f"{spec.shape}" if len(spec.shape) <= 8 else f"{len(spec.shape)} axes"
             raise LayoutError(f"{spec.name!r} of shape {axes} is too large for any machine")

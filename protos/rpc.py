@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import message_factory
+from google.protobuf.message import DecodeError
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import UsageError
@@ -55,7 +56,8 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Of all things, this is how long one attempt to connect may take.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2000),
     # Its own connection for each channel: closing one must not cut another.
     ("grpc.use_local_subchannel_pool", 1),
@@ -113,16 +115,33 @@ def connect(address: str) -> grpc.Channel:
 
 
 def handlers(implementation: object) -> grpc.GenericRpcHandler:
-    """Serve the .proto's methods by the methods of `implementation` of the same names."""
+    """Serve the .proto's methods by the methods of `implementation` of the same names.
+
+    A request that does not parse is handed over as the DecodeError it raised;
+    gRPC itself would tell the peer of Python's exception.
+    """
     table = {}
     for method in _SERVICE.methods:
         kind: Callable[..., Any] = getattr(grpc, f"{_arity(method)}_rpc_method_handler")
         table[method.name] = kind(
             getattr(implementation, method.name),
-            request_deserializer=_deserializer(method.input_type),
+            request_deserializer=_or_error(_deserializer(method.input_type)),
             response_serializer=_serializer(method.output_type),
         )
     return grpc.method_handlers_generic_handler(_SERVICE.full_name, table)
+
+
+def _or_error(parse: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if parse is None:
+        return None
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError as error:
+            return error
+
+    return parsed
 
 
 def _arity(method: Any) -> str:

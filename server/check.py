@@ -8,14 +8,13 @@ is wrong.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from headwater.protos import command
+from headwater.protos import command, plain_json
 from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.worker.options import Platform, TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
@@ -91,9 +90,14 @@ def check_task(loaded: LoadedTask) -> Report:
         remainder=task.remainder,
     )
     optimizer = resolve(task.optimizer, order.total)
+    tree = task.tree
     params, init_s = _timed(lambda: task.init(jax.random.key(task.seed)))
+    tree.check(params)
     check(optimizer, params)
-    store = Store(task.tree, params, optimizer, incarnation=1)
+    try:
+        store = Store(tree, params, optimizer, incarnation=1)
+    except NotFinite as error:
+        raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
     layout = store.layout
 
     indices = order.indices(0)
@@ -230,14 +234,10 @@ def check(
         except (TaskError, LayoutError) as error:
             raise UsageError(str(error)) from None
     if as_json:
-        print(json.dumps(dataclasses.asdict(report), indent=2))
+        print(plain_json.dumps(dataclasses.asdict(report), indent=2))
     else:
         print("\n".join(lines(report)))
 
 
 def main() -> None:
     command.run(app, "headwater check")
-
-
-if __name__ == "__main__":
-    main()

@@ -210,6 +210,9 @@ class Coordinator:
         self, member: Member, ticket: Ticket, token: pb.Token, message: str
     ) -> None:
         """Refuse a push that breaks the protocol; its batch goes back."""
+        if self.admission.outstanding(ticket.number) != ticket:
+            self._lease_lost(member, token)
+            return
         self.figures.malformed_count += 1
         self.admission.refuse(ticket)
         log.warning("%s: push rejected: %s", member.name, message)
@@ -242,12 +245,15 @@ class Coordinator:
         """Apply what is held and grant what can be granted."""
         if self._is_done:
             return
+        self._apply_held()
+        for grant in self.admission.grants(self.current.version, self.clock()):
+            self._send_grant(grant)
+
+    def _apply_held(self) -> None:
         while (ticket := self.admission.next_to_apply()) is not None:
             _, push = self._pushes[ticket.number]
             self._idle.clear()
             self.applier.submit(Job(ticket, self._buffers[ticket.number], push.loss))
-        for grant in self.admission.grants(self.current.version, self.clock()):
-            self._send_grant(grant)
 
     def _applied(self, job: Job, result: Result) -> None:
         """What became of a job; the applier's answer, on the loop."""
@@ -283,7 +289,7 @@ class Coordinator:
         size = self.order.size(ticket.position)
         self.refusals.accepted(member.id, ticket.position)
         self.figures.count_update(
-            {"loss": push.loss, **_bounded(push)}, examples=size, staleness=staleness, now=now
+            {**_bounded(push), "loss": push.loss}, examples=size, staleness=staleness, now=now
         )
         member.gradients += 1
         member.staleness.add(staleness)
@@ -429,9 +435,17 @@ class Coordinator:
             self._paused_time = None
             self._pump()
 
-    def stop_training(self) -> None:
-        """No more tickets or updates; what the applier has begun is finished."""
+    async def stop_training(self, *, apply_held: bool) -> None:
+        """No more tickets. Returns when nothing is being applied any more.
+
+        Args:
+          apply_held: Apply the gradients that are here whole, paused or not.
+        """
         self._is_done = True
+        if apply_held:
+            self.admission.paused = False
+            self._apply_held()
+        await self._idle.wait()
 
     def bye_to_all(self) -> None:
         for member in list(self.roster.members.values()):

@@ -178,7 +178,3 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
 def main() -> None:
     command.watch_lifeline(lambda: os.kill(os.getpid(), signal.SIGTERM))
     command.run(app, "headwater server")
-
-
-if __name__ == "__main__":
-    main()

@@ -58,7 +58,10 @@ def parse(spec: str, total_updates: int) -> optax.GradientTransformation:
         raise SpecError(text, column, f"{error.msg}; write it as adam(1e-3)") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise SpecError(text[:80], 0, f"this is no optax expression: {error}") from None
-    made = _Reader(text, total_updates).value(tree.body)
+    try:
+        made = _Reader(text, total_updates).value(tree.body)
+    except RecursionError:
+        raise SpecError(text[:80], 0, "this is nested too deeply") from None
     if not isinstance(made, optax.GradientTransformation):
         raise SpecError(
             text,
@@ -110,7 +113,7 @@ class _Reader:
     def _call(self, node: ast.Call) -> Any:
         function = self.value(node.func)
         if not callable(function):
-            raise self._error(node.func, f"{ast.unparse(node.func)} cannot be called")
+            raise self._error(node.func, "this cannot be called")
         for starred in [a for a in node.args if isinstance(a, ast.Starred)]:
             raise self._error(starred, "* is not understood here")
         arguments = [self.value(argument) for argument in node.args]
@@ -132,9 +135,9 @@ class _Reader:
         for part in dotted.split("."):
             public = not part.startswith("_") and isinstance(found, types.ModuleType)
             found = getattr(found, part, None) if public else None
-        if callable(found) and str(getattr(found, "__module__", "")).startswith("optax"):
+        if _is_function(found):
             return found
-        near = difflib.get_close_matches(dotted, [*dir(optax), TOTAL_UPDATES], n=1)
+        near = difflib.get_close_matches(dotted, [*_names(), TOTAL_UPDATES], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise self._error(node, f"{dotted!r} is not a function of optax{hint}")
 
@@ -166,7 +169,18 @@ class _Reader:
         return SpecError(self._text, column, what)
 
 
+def _is_function(found: Any) -> bool:
+    return callable(found) and str(getattr(found, "__module__", "")).startswith("optax")
+
+
+def _names() -> list[str]:
+    return [n for n, found in vars(optax).items() if n[0] != "_" and _is_function(found)]
+
+
 def _kind(value: Any) -> str:
     if callable(value) and not isinstance(value, optax.GradientTransformation):
         return f"a function, {getattr(value, '__name__', 'unnamed')}"
-    return f"{type(value).__name__} {value!r}"
+    try:
+        return f"{type(value).__name__} {value!r}"
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return f"{type(value).__name__}"

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from headwater.protos import plain_json
 from headwater.protos.errors import UsageError
 from headwater.protos.weights_file import replace_file, save_weights
 
@@ -48,6 +49,15 @@ class RunDir:
                 "with --run-dir"
             ) from None
         try:
+            self._take()
+        except UsageError:
+            self.close()
+            raise
+        if path is None:
+            _link_latest(default)
+
+    def _take(self) -> None:
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(
@@ -59,8 +69,6 @@ class RunDir:
                 f"{self.path} holds a run already, and this version cannot continue one; name "
                 "another with --run-dir"
             )
-        if path is None:
-            _link_latest(default)
 
     @property
     def weights_path(self) -> Path:
@@ -86,7 +94,7 @@ class RunDir:
           OSError: The disk is full or broken.
         """
         line = {"kind": kind, "time": time.time(), **values}
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(plain_json.dumps(line) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:
@@ -102,4 +110,5 @@ def _link_latest(target: Path) -> None:
         temporary.symlink_to(target.name)
         temporary.replace(link)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         print(f"headwater server: {link} could not be linked: {error.strerror}", flush=True)

@@ -103,10 +103,11 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
         optimizer = resolve(config.optimizer or task.optimizer, order.total)
         with guard_user_code("Task.init raised"):
             params = task.init(jax.random.key(order.seed))
+        task.tree.check(params)
         check(optimizer, params)
         store = Store(task.tree, params, optimizer, incarnation=1)
     except NotFinite as error:
-        raise UsageError(f"init gave weights that are not finite: {error}") from None
+        raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
     except (TaskError, LayoutError) as error:
         raise UsageError(str(error)) from None
     order.prepare(0)
@@ -199,8 +200,7 @@ class Serving:
         error = self._done.result() if self._done.done() else None
         finished = self._done.done() and error is None
         if not finished:
-            run.stop_training()
-            await run.pause()  # what the applier has begun becomes part of the weights
+            await run.stop_training(apply_held=error is None)
         saved = await self._save_patiently(run.current)
         if not saved and finished:
             error = f"the final weights could not be written to {run.run_dir}"

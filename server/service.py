@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import textwrap
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import REASON_KEY, Reason, Refused
@@ -27,6 +29,9 @@ log = logging.getLogger("headwater.server")
 Context = grpc.aio.ServicerContext[Any, Any]
 Method = Callable[..., Awaitable[Any]]
 
+MAX_TEXT = 2000
+"""Characters of an error's text; gRPC drops what is over 8 KiB, and the reason with it."""
+
 MAX_WAIT_S = 60.0
 """Seconds a Pull may wait; readers ask again."""
 
@@ -37,10 +42,13 @@ def _answered(method: Method) -> Method:
     @functools.wraps(method)
     async def answered(self: Service, request: Any, context: Context) -> Any:
         try:
+            if isinstance(request, DecodeError):
+                raise Refused(Reason.MALFORMED, f"the request is no message: {request}")
             return await method(self, request, context)
         except Refused as refused:
             reason = ((REASON_KEY, refused.reason.name),)
-            await context.abort(refused.reason.code, str(refused), trailing_metadata=reason)
+            text = textwrap.shorten(str(refused), MAX_TEXT, placeholder=" …")
+            await context.abort(refused.reason.code, text, trailing_metadata=reason)
         except (grpc.RpcError, grpc.aio.BaseError):
             raise  # the peer has gone
         except Exception:

@@ -117,7 +117,9 @@ class Session:
 
     async def _write_one(self, data: bytes) -> None:
         try:
-            await asyncio.wait_for(self._context.write(data), WRITE_TIMEOUT_S)
+            # Not wait_for: before Python 3.12 it may lose the cancellation of this task.
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self._context.write(data)
         except TimeoutError:
             raise Refused(
                 Reason.SLOW_READER, f"{len(data)} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"

@@ -74,7 +74,8 @@ class Store:
           NotFinite: The gradient or the loss is not finite.
         """
         grads = list(self.layout.views(gradient).values())
-        loss_array = np.asarray(loss, np.float32)
+        with np.errstate(over="ignore"):  # too large is infinite, and refused as such
+            loss_array = np.asarray(loss, np.float32)
         self._check(grads, loss_array)
         before = self.current
         params, state = self._step(

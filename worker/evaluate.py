@@ -8,7 +8,6 @@ over; it never lags, because it always takes the newest version.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import signal
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated
 import grpc
 import typer
 
-from headwater.protos import command, rpc
+from headwater.protos import command, plain_json, rpc
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
 from headwater.worker.options import Platform, TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
+    from headwater.protos.reading import Reader
     from headwater.worker.load import LoadedTask
 
 log = logging.getLogger("headwater.evaluate")
@@ -76,10 +76,12 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
     reader = Reader(address, task.tree.layout)
     request = pb.PullRequest(evaluates=follow)
     evaluated = -1
+    plan: _Plan | None = None
     try:
         while True:
             try:
                 read = reader.pull(request)
+                plan = _Plan.ask(reader) if follow else None
             except Unreachable as error:
                 if not request.run_id:
                     raise
@@ -90,7 +92,8 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
             request.seen_incarnation = read.stamp.incarnation
             assert read.weights is not None  # no version was named as known
             version = read.weights.version
-            if version != evaluated and (read.state in _OVER or version >= request.min_version):
+            over = read.state in _OVER or (plan is not None and plan.is_last(version))
+            if version != evaluated and (over or version >= request.min_version):
                 began = time.perf_counter()
                 metrics = numbers(task.evaluate(task.tree.restore(read.weights.leaves)))
                 seconds = time.perf_counter() - began
@@ -100,12 +103,42 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
                 )
                 _report(reader.stub, found, address)
                 yield found
-            if read.state in _OVER or not follow:
+            if over or plan is None:
                 return
-            request.min_version = _next_epoch(reader.stub, evaluated, address)
+            request.min_version = plan.next_epoch(evaluated)
             request.wait_s = WAIT_S
     finally:
         reader.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How far the run goes, as far as the server knows."""
+
+    per_epoch: int
+    last_version: int | None
+    """What the final version will be: batches that were left out make none."""
+
+    @classmethod
+    def ask(cls, reader: Reader) -> _Plan:
+        try:
+            status = reader.stub.GetStatus(pb.StatusRequest(), timeout=RPC_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, reader.address) from None
+        if not status.HasField("batches_total"):
+            return cls(1, None)
+        return cls(
+            max(1, status.batches_total // max(1, status.epochs)),
+            status.batches_total - status.skipped,
+        )
+
+    def is_last(self, version: int) -> bool:
+        return self.last_version is not None and version >= self.last_version
+
+    def next_epoch(self, version: int) -> int:
+        """The version at which about one more epoch is complete."""
+        following = (version // self.per_epoch + 1) * self.per_epoch
+        return following if self.last_version is None else min(following, self.last_version)
 
 
 def numbers(metrics: object) -> dict[str, float]:
@@ -138,21 +171,6 @@ def _report(stub: rpc.Stub, found: Evaluation, address: str) -> None:
         log.warning("the evaluation was not reported: %s", from_rpc_error(error, address))
 
 
-def _next_epoch(stub: rpc.Stub, version: int, address: str) -> int:
-    """The version at which about one more epoch is complete; the next where that is unknown."""
-    try:
-        status = stub.GetStatus(pb.StatusRequest(), timeout=RPC_TIMEOUT_S)
-    except grpc.RpcError as error:
-        log.warning("%s", from_rpc_error(error, address))
-        return version + 1
-    if not status.HasField("batches_total") or not status.epochs:
-        return version + 1
-    per_epoch = status.batches_total // status.epochs
-    # Batches that were left out make no version: never wait past the end.
-    last = status.batches_total - status.skipped
-    return min((version // per_epoch + 1) * per_epoch, max(last, version + 1), status.batches_total)
-
-
 @app.command()
 def evaluate(
     task: TaskArg,
@@ -177,13 +195,11 @@ def evaluate(
     loaded = load_task(task, task_option or ())
     with guard_user_code(f"evaluating the task {loaded.name} raised"):
         for found in evaluations(loaded, server, follow=follow):
-            print(json.dumps(dataclasses.asdict(found)) if as_json else found.line(), flush=True)
+            print(
+                plain_json.dumps(dataclasses.asdict(found)) if as_json else found.line(), flush=True
+            )
 
 
 def main() -> None:
     command.watch_lifeline(lambda: os.kill(os.getpid(), signal.SIGTERM))
     command.run(app, "headwater evaluate")
-
-
-if __name__ == "__main__":
-    main()

@@ -98,11 +98,10 @@ class GradientFunction:
 def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:
     """What a loss may return, checked, as (loss, metrics)."""
     loss, metrics = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
-    loss = jnp.asarray(loss)
-    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+    if _describe(loss) not in _REAL_SCALARS:
         raise TaskError(
-            f"Task.loss returned {loss.dtype.name}{list(loss.shape)}; it must be one real number, "
-            "the mean over the batch's examples"
+            f"Task.loss returned {_describe(loss)}; it must be one real number, the mean over the "
+            "batch's examples, alone or as (loss, metrics)"
         )
     if not isinstance(metrics, Mapping):
         raise TaskError(
@@ -110,9 +109,26 @@ def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:
             'scalars such as {"accuracy": accuracy}'
         )
     for name, metric in metrics.items():
-        if not isinstance(name, str) or jnp.shape(metric) != ():
-            raise TaskError(f"metric {name!r} has shape {list(jnp.shape(metric))}, not a scalar's")
-    return loss, dict(metrics)
+        if not isinstance(name, str) or not _is_real_scalar(metric):
+            raise TaskError(f"metric {name!r} is {_describe(metric)}, not a scalar")
+    return jnp.asarray(loss), dict(metrics)
+
+
+_REAL_SCALARS = {"float16[]", "bfloat16[]", "float32[]", "float64[]"}
+
+
+def _is_real_scalar(value: Any) -> bool:
+    is_array = hasattr(value, "dtype") and jnp.isdtype(
+        value.dtype, ("real floating", "integral", "bool")
+    )
+    return (is_array or isinstance(value, (bool, int, float))) and jnp.shape(value) == ()
+
+
+def _describe(value: Any) -> str:
+    """An array or a number as `float32[3]`; anything else as its type's name."""
+    if isinstance(value, (bool, int, float, complex)) or hasattr(value, "dtype"):
+        return f"{jnp.result_type(value).name}{list(jnp.shape(value))}"
+    return type(value).__name__
 
 
 def _conjugate(gradient: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -23,8 +24,8 @@ from typing import Any
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import UsageError
-from headwater.worker.task import Task
-from headwater.worker.user_code import user_traceback
+from headwater.worker.task import Task, TaskError
+from headwater.worker.user_code import user_place, user_traceback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,11 @@ def _import_file(path: Path, spec: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     loader = found.loader
-    _guarded(lambda: loader.exec_module(module), f"{path} raised while it was loaded")
+    try:
+        _guarded(lambda: loader.exec_module(module), f"{path} raised while it was loaded")
+    except UsageError:
+        del sys.modules[name]  # half-made
+        raise
     return module
 
 
@@ -132,6 +137,8 @@ def _import_module(name: str) -> types.ModuleType:
                 "packages); a file is named with its .py"
             ) from None
         raise UsageError(f"{name} raised while it was loaded\n{user_traceback(error)}") from None
+    except TaskError as error:
+        raise UsageError(f"{error}{user_place(error)}") from None
     except Exception as error:
         raise UsageError(f"{name} raised while it was loaded\n{user_traceback(error)}") from None
 
@@ -151,7 +158,7 @@ def _call(function: Callable[..., Any], given: Mapping[str, str], spec: str) -> 
     ]
     if missing:
         raise UsageError(f"{spec} needs --task-option {missing[0]}=VALUE")
-    hints = _guarded(lambda: typing.get_type_hints(function), f"{spec}'s annotations raise")
+    hints = _guarded(lambda: _annotations(function), f"{spec}'s annotations raise")
     values = {name: _convert(name, text, hints.get(name)) for name, text in given.items()}
     task = _guarded(lambda: function(**values), f"{spec} raised")
     if not isinstance(task, Task):
@@ -159,9 +166,26 @@ def _call(function: Callable[..., Any], given: Mapping[str, str], spec: str) -> 
     return task
 
 
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of the arguments of a function, a partial one, or an object that is called."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function) and not inspect.isclass(function):
+        function = type(function).__call__
+    return typing.get_type_hints(function)
+
+
+def _without_none(annotation: Any) -> Any:
+    """`str` for `str | None`: what is given is never None."""
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return kinds[0] if is_union and len(kinds) == 1 else annotation
+
+
 def _convert(name: str, text: str, annotation: Any) -> Any:
-    if annotation is str:
-        return text
+    annotation = _without_none(annotation)
+    if annotation in (str, Path):
+        return annotation(text)
     if annotation is bool:
         known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if text.lower() not in known:
@@ -184,6 +208,8 @@ def _guarded(call: Callable[[], Any], what: str) -> Any:
         return call()
     except UsageError:
         raise
+    except TaskError as error:
+        raise UsageError(f"{error}{user_place(error)}") from None
     except Exception as error:
         raise UsageError(f"{what}\n{user_traceback(error)}") from None
 

@@ -77,7 +77,3 @@ class _leaving_on_signals:  # noqa: N801  (used as a function)
 def main() -> None:
     command.watch_lifeline(lambda: os.kill(os.getpid(), signal.SIGTERM))
     command.run(app, "headwater worker")
-
-
-if __name__ == "__main__":
-    main()

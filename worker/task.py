@@ -72,7 +72,11 @@ class Task:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise TaskError(f"Task.{field} must be a whole number from 1 on, not {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+        if (
+            not isinstance(self.seed, int)
+            or isinstance(self.seed, bool)
+            or not 0 <= self.seed < 2**32
+        ):
             raise TaskError(f"Task.seed must be a whole number in [0, 2**32), not {self.seed!r}")
         if self.remainder not in ("keep", "drop"):
             raise TaskError(f'Task.remainder must be "keep" or "drop", not {self.remainder!r}')
@@ -85,7 +89,7 @@ class Task:
           TaskError: They are not `Indexed`, or there are none.
         """
         data = self.data
-        if not isinstance(data, Indexed) and callable(data):
+        if isinstance(data, type) or (not isinstance(data, Indexed) and callable(data)):
             data = data()
         if not isinstance(data, Indexed):
             raise TaskError(

@@ -34,6 +34,15 @@ class ParameterTree:
         """Of the leaves, in the tree's order, which is the layout's."""
         return [t.name for t in self.layout.tensors]
 
+    def check(self, params: PyTree) -> None:
+        """What `init` really returned; tracing it made arrays of Python's own numbers.
+
+        Raises:
+          LayoutError: A leaf is not an array; names it.
+        """
+        for name, leaf in zip(self.names, self.leaves(params), strict=True):
+            _dtype(name, leaf)
+
     def leaves(self, params: PyTree) -> list[Any]:
         """The leaves of a tree of this structure, in layout order."""
         return list(self.treedef.flatten_up_to(params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ from pathlib import Path
 from headwater.protos.errors import HeadwaterError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_OUR_FOLDERS = [
-    _PACKAGE / name for name in ("worker", "server", "client", "protos")
-]  # not examples: those are tasks
+_OUR_FOLDERS = [_PACKAGE / name for name in ("worker", "server", "client", "protos")]
+_TASKS_OF_OUR_FOLDERS = _PACKAGE / "examples"
+# Libraries call user code and are called by it, functools of Python's own among them.
+_LIBRARIES = [
+    Path(sysconfig.get_path(name)).resolve()
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
+]
 
 
 class UserCodeError(HeadwaterError):
@@ -35,22 +40,33 @@ def guard_user_code(what: str) -> Iterator[None]:
 
 
 def user_traceback(error: BaseException) -> str:
-    """The error's traceback from the user's own first frame on; whole where there is none."""
+    """The error's traceback from the user's own first frame on, and of what led to it."""
+    shown = traceback.TracebackException.from_exception(error)
+    _trim(shown)
+    return "".join(shown.format()).rstrip()
+
+
+def _trim(shown: traceback.TracebackException) -> None:
+    own = [i for i, frame in enumerate(shown.stack) if _is_users(frame.filename)]
+    shown.stack = traceback.StackSummary.from_list(shown.stack[own[0] :] if own else [])
+    notes = getattr(shown, "__notes__", None) or []
+    shown.__notes__ = [n for n in notes if "JAX has removed its internal frames" not in n]
+    for before in (shown.__cause__, shown.__context__):
+        if before is not None:
+            _trim(before)
+
+
+def user_place(error: BaseException) -> str:
+    """` (file.py, line 12)`: the last of the user's own lines that led to the error, if any."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [i for i, frame in enumerate(frames) if _is_users(frame.filename)]
-    kept = traceback.format_list(frames[own[0] :] if own else frames)
-    notes = getattr(error, "__notes__", [])
-    error.__notes__ = [note for note in notes if "JAX has removed its internal frames" not in note]
-    return "".join(
-        ["Traceback (most recent call last):\n", *kept, *traceback.format_exception_only(error)]
-    ).rstrip()
+    own = [frame for frame in frames if _is_users(frame.filename)]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _is_users(filename: str) -> bool:
-    path = Path(filename).resolve()
-    if any(path.is_relative_to(folder) for folder in _OUR_FOLDERS):
+    if filename.startswith("<"):
         return False
-    # Libraries, ours among them when installed, call user code and are called by it.
-    return not filename.startswith("<") and not {"site-packages", "importlib", "concurrent"} & {
-        *path.parts
-    }
+    path = Path(filename).resolve()
+    if path.is_relative_to(_TASKS_OF_OUR_FOLDERS):
+        return True
+    return not any(path.is_relative_to(folder) for folder in (*_OUR_FOLDERS, *_LIBRARIES))

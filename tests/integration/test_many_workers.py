@@ -55,7 +55,7 @@ def main() -> None:
 def process(address: str, hello: pb.Hello) -> Iterator[subprocess.Popen[bytes]]:
     started = subprocess.Popen(  # noqa: S603  (this file)
         [sys.executable, __file__, address],
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -31,6 +31,7 @@ def task(
     load_s: float = 0.0,
     compute_s: float = 0.0,
     slow_while: str = "",
+    begun: str = "",
 ) -> Task:
     """A task whose every step can be drawn out, so that a fault can hit it.
 
@@ -40,6 +41,7 @@ def task(
         batch, between none and twice as many.
       compute_s: Seconds that a gradient takes.
       slow_while: A file: once it is gone, loading and computing take no time.
+      begun: A file that grows by a byte with every gradient that is begun (with compute_s).
     """
 
     def pause(seconds: float) -> None:
@@ -52,6 +54,9 @@ def task(
             return super().batch(indices, rng)
 
     def nothing(index):
+        if begun:
+            with Path(begun).open("a") as file:
+                file.write(".")
         pause(compute_s)
         return np.float32(0.0)
 

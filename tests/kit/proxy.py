@@ -64,6 +64,8 @@ class Proxy:
         self.plan = plan
         self.bytes_per_s: float | None = None
         """Towards the server, for each connection; None as fast as it goes. May be set."""
+        self.stalled = False
+        """While set, nothing passes to the server, and nothing is cut. May be set."""
         self.address = ""
         self.stats = Stats()
         self._refusing = False
@@ -73,8 +75,11 @@ class Proxy:
 
     def __enter__(self) -> Proxy:
         self._thread.start()
-        self._server = self._in_loop(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        host, port = self._server.sockets[0].getsockname()
+        listener = socket.create_server(("127.0.0.1", 0))
+        # Small, so that what is slowed waits with its sender and not here.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK_BYTES)
+        self._server = self._in_loop(asyncio.start_server(self._serve, sock=listener))
+        host, port = listener.getsockname()
         self.address = f"{host}:{port}"
         return self
 
@@ -120,7 +125,7 @@ class Proxy:
         return len(cut)
 
     async def _end(self) -> None:
-        self._refusing = True
+        self._refusing, self.stalled = True, False
         me = asyncio.current_task()
         while True:
             for connection in self._connections:
@@ -183,6 +188,8 @@ class Proxy:
             while data := await reader.read(CHUNK_BYTES):
                 if to_server and self.bytes_per_s:
                     await asyncio.sleep(len(data) / self.bytes_per_s)
+                while to_server and self.stalled:  # noqa: ASYNC110  (set from other threads)
+                    await asyncio.sleep(0.01)
                 passed = data if left is None else data[:left]
                 writer.write(passed)
                 await writer.drain()

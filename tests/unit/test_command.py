@@ -247,10 +247,6 @@ def test_a_reader_that_has_had_enough_is_no_error() -> None:
     assert status_when_nobody_reads(lines=3) == (0, "")
 
 
-@pytest.mark.xfail(
-    reason="protos/command.py run: typer takes EPIPE in the middle of a command, and exits 1",
-    raises=AssertionError,
-)
 def test_a_reader_that_leaves_in_the_middle_is_no_error() -> None:
     assert status_when_nobody_reads(lines=10_000) == (0, "")
 
@@ -313,10 +309,6 @@ def test_a_server_that_nobody_asked_says_nothing(monkeypatch: pytest.MonkeyPatch
     command.announce_ready({"address": "127.0.0.1:50051"})
 
 
-@pytest.mark.xfail(
-    reason="protos/command.py announce_ready: a parent that has gone is a BrokenPipeError",
-    raises=BrokenPipeError,
-)
 def test_a_server_whose_parent_has_gone_serves_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -187,15 +187,15 @@ def test_workers_are_a_table_one_row_each() -> None:
             gradients=7,
             examples_per_second=0,
             staleness_mean=0,
-            compute_s=1.5,
+            compute_s=0.5,
         ),
     ]
 
     assert lines(show.workers_table(as_dict(reply(workers=workers))["workers"])) == [
         "ID  NAME  HOST  PLATFORM  STATE      GRADIENTS  EXAMPLES/S  STALENESS   COMPUTE",
         "1   w1    nova  cpu x1    computing     12,345       1,234       0.91   12.3 ms",
-        "12  big   nova  gpu x8    waiting            7           0       0.00  1,500.0…",
-    ] or lines(show.workers_table(as_dict(reply(workers=workers))["workers"]))
+        "12  big   nova  gpu x8    waiting            7           0       0.00  500.0 ms",
+    ]
 
 
 def test_a_run_is_one_line_in_a_log() -> None:

@@ -18,7 +18,7 @@ from headwater import ArrayData, Task
 from headwater.protos.errors import HeadwaterError, RunFailed, UsageError
 from headwater.worker import user_code
 from headwater.worker.gradient import GradientFunction
-from headwater.worker.user_code import UserCodeError, guard_user_code, user_traceback
+from headwater.worker.user_code import UserCodeError, guard_user_code, user_place
 
 OURS = str(Path(user_code.__file__).parent)
 
@@ -142,10 +142,22 @@ def test_frames_of_libraries_that_the_users_code_calls_are_kept(user: Load) -> N
     assert shown.index("mine.py") < shown.index("json/decoder.py") < shown.index("JSONDecodeError")
 
 
-def test_an_error_without_any_frame_of_the_users_keeps_what_there_is() -> None:
-    shown = user_traceback(ValueError("never raised"))
+def test_an_error_without_any_frame_of_the_users_has_none_of_ours_either() -> None:
+    shown = guarded(lambda: compile_loss(lambda *arguments: 1 / 0))
 
-    assert shown == "Traceback (most recent call last):\nValueError: never raised"
+    assert "test_user_code" not in shown
+    assert OURS not in shown
+    assert shown.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_the_place_of_an_error_is_the_last_of_the_users_own_lines(user: Load) -> None:
+    mine = user("def loss(*arguments):\n    return {}['digits']")
+
+    with pytest.raises(KeyError) as error:
+        compile_loss(mine.loss)
+
+    assert user_place(error.value) == " (mine.py, line 2)"
+    assert user_place(KeyError("never raised")) == ""
 
 
 def test_an_example_is_a_users_code() -> None:
@@ -260,4 +272,5 @@ def test_the_users_folder_may_have_any_name(tmp_path: Path) -> None:
 
     shown = guarded(lambda: compile_loss(space["loss"]))
 
+    assert f'File "{path}", line 2, in loss' in shown
     assert OURS not in shown
