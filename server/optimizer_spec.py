@@ -113,7 +113,7 @@ class _Reader:
     def _call(self, node: ast.Call) -> Any:
         function = self.value(node.func)
         if not callable(function):
-            raise self._error(node.func, "this cannot be called")
+            raise self._error(node.func, f"{_shown(node.func)} cannot be called")
         for starred in [a for a in node.args if isinstance(a, ast.Starred)]:
             raise self._error(starred, "* is not understood here")
         arguments = [self.value(argument) for argument in node.args]
@@ -184,3 +184,10 @@ def _kind(value: Any) -> str:
         return f"{type(value).__name__} {value!r}"
     except ValueError:  # Python does not write out numbers of thousands of digits
         return f"{type(value).__name__}"
+
+
+def _shown(node: ast.expr) -> str:
+    try:
+        return ast.unparse(node)
+    except ValueError:
+        return "a number"

@@ -195,9 +195,8 @@ def evaluate(
     loaded = load_task(task, task_option or ())
     with guard_user_code(f"evaluating the task {loaded.name} raised"):
         for found in evaluations(loaded, server, follow=follow):
-            print(
-                plain_json.dumps(dataclasses.asdict(found)) if as_json else found.line(), flush=True
-            )
+            line = plain_json.dumps(dataclasses.asdict(found)) if as_json else found.line()
+            print(line, flush=True)
 
 
 def main() -> None:

@@ -118,10 +118,10 @@ _REAL_SCALARS = {"float16[]", "bfloat16[]", "float32[]", "float64[]"}
 
 
 def _is_real_scalar(value: Any) -> bool:
-    is_array = hasattr(value, "dtype") and jnp.isdtype(
-        value.dtype, ("real floating", "integral", "bool")
-    )
-    return (is_array or isinstance(value, (bool, int, float))) and jnp.shape(value) == ()
+    if hasattr(value, "dtype"):
+        kinds = (jnp.floating, jnp.integer, jnp.bool_)
+        return value.shape == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return isinstance(value, (bool, int, float))
 
 
 def _describe(value: Any) -> str:

@@ -72,11 +72,7 @@ class Task:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise TaskError(f"Task.{field} must be a whole number from 1 on, not {value!r}")
-        if (
-            not isinstance(self.seed, int)
-            or isinstance(self.seed, bool)
-            or not 0 <= self.seed < 2**32
-        ):
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise TaskError(f"Task.seed must be a whole number in [0, 2**32), not {self.seed!r}")
         if self.remainder not in ("keep", "drop"):
             raise TaskError(f'Task.remainder must be "keep" or "drop", not {self.remainder!r}')

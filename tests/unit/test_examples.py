@@ -271,10 +271,6 @@ def test_a_text_that_is_too_short_is_told_how_long_it_must_be(tmp_path: Path) ->
     assert len(character_lm.load(str(longer), 8)[1]) == 1
 
 
-@pytest.mark.xfail(
-    reason="examples/character_lm.py Windows.__len__ is -1 without a token",
-    raises=AssertionError,
-)
 @pytest.mark.parametrize("content", [b"", "吾輩は猫である。".encode()], ids=["empty", "no ASCII"])
 def test_a_text_without_a_character_of_the_alphabet_is_told_the_same(
     content: bytes, tmp_path: Path

@@ -280,11 +280,6 @@ def test_a_loss_that_returns_no_numbers_is_refused(
         GradientFunction(mine, SEED).compile(BATCH)
 
 
-@pytest.mark.xfail(
-    reason="worker/gradient.py _split takes any scalar for a metric, and __call__ then fails: "
-    "float() of a complex number or a key",
-    raises=TypeError,
-)
 @pytest.mark.parametrize("metric", [lambda: jnp.complex64(1j), lambda: jax.random.key(0)])
 def test_a_metric_that_is_no_real_number_is_refused(metric: Callable[[], Any]) -> None:
     function = GradientFunction(task(lambda params, batch, key: (1.0, {"odd": metric()})), SEED)

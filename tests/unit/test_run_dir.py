@@ -107,11 +107,6 @@ def test_a_latest_that_cannot_be_replaced_is_said_and_is_no_reason_to_fail(
     )
 
 
-@pytest.mark.xfail(
-    reason="server/run_dir.py _link_latest leaves .latest-<pid> behind, which is in the way of the "
-    "next server with this pid, as in a container",
-    raises=AssertionError,
-)
 def test_a_latest_that_cannot_be_replaced_leaves_nothing_behind() -> None:
     Path("runs/latest").mkdir(parents=True)
 
@@ -199,10 +194,6 @@ def test_a_directory_without_leave_to_write_is_refused() -> None:
     assert "Permission denied" in refusal(Path("mine"))
 
 
-@pytest.mark.xfail(
-    reason="server/run_dir.py RunDir keeps its files open, and so the lock, when it is refused",
-    raises=AssertionError,
-)
 def test_a_refused_directory_is_not_kept_open() -> None:
     with with_a_run() as path:
         with pytest.raises(UsageError) as error:
@@ -259,10 +250,6 @@ def test_metrics_are_a_json_object_a_line_and_are_there_at_once() -> None:
         assert second == {"kind": "evaluation", "accuracy": 0.9, "note": "Öl\n"}
 
 
-@pytest.mark.xfail(
-    reason="server/run_dir.py log_metrics: json.dumps writes NaN and Infinity, which are no JSON",
-    raises=AssertionError,
-)
 def test_a_metric_that_is_not_finite_is_still_json() -> None:
     with opened(Path("mine")) as run:
         run.log_metrics("evaluation", {"perplexity": float("inf"), "loss": float("nan")})

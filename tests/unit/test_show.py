@@ -250,13 +250,11 @@ def test_bytes_are_shown_in_units_of_a_thousand(count: int, text: str) -> None:
 MARKUP = "client/show.py hands texts to rich as markup: escape them, or make them Text"
 
 
-@pytest.mark.xfail(reason=MARKUP, raises=AssertionError)
 def test_an_optimizer_with_lists_is_shown_as_it_was_written() -> None:
     spec = "sgd(join_schedules([constant_schedule(0.1)], [2]))"
     assert row(reply(optimizer=spec), "optimizer") == f"{spec}, bounded:3"
 
 
-@pytest.mark.xfail(reason=MARKUP)
 @pytest.mark.parametrize("name", ["a[/b]c", "a[red]c"])
 def test_a_name_with_brackets_is_shown_as_it_is(name: str) -> None:
     assert row(reply(run_dir=f"runs/{name}"), "directory") == f"runs/{name}"
@@ -264,8 +262,5 @@ def test_a_name_with_brackets_is_shown_as_it_is(name: str) -> None:
     assert name in shown
 
 
-@pytest.mark.xfail(
-    reason="client/show.py size: rounds after it has chosen the unit", raises=AssertionError
-)
 def test_just_under_a_unit_is_one_of_the_next() -> None:
     assert show.size(999_999) == "1.0 MB"

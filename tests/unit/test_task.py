@@ -115,10 +115,6 @@ def test_data_of_the_users_own_needs_a_length_and_batches() -> None:
     assert len(task(data=lambda: Squares()).dataset) == 4  # noqa: PLW0108  (a function)
 
 
-@pytest.mark.xfail(
-    reason="worker/task.py dataset: a class has __len__ and batch, so isinstance takes it for data",
-    raises=TypeError,
-)
 def test_a_class_is_a_function_that_returns_data() -> None:
     assert len(task(data=Squares).dataset) == 4
 

@@ -202,11 +202,6 @@ def test_the_error_itself_is_the_cause_for_a_debugger() -> None:
     assert shown.value.exit_status == 1
 
 
-@pytest.mark.xfail(
-    reason="worker/user_code.py _is_users: functools.cached_property, in Python's own library, "
-    "calls Task.dataset, and counts as the user's first frame",
-    raises=AssertionError,
-)
 def test_what_the_users_data_raises_begins_with_the_users_line_too(user: Load) -> None:
     mine = user(
         """
@@ -222,10 +217,6 @@ def test_what_the_users_data_raises_begins_with_the_users_line_too(user: Load) -
     assert OURS not in shown
 
 
-@pytest.mark.xfail(
-    reason="worker/user_code.py user_traceback drops __cause__ and __context__",
-    raises=AssertionError,
-)
 @pytest.mark.parametrize("chained", [" from error", ""])
 def test_what_led_to_the_error_is_shown_before_it(chained: str, user: Load) -> None:
     mine = user(
@@ -260,10 +251,6 @@ def test_what_the_user_chose_to_hide_stays_hidden(user: Load) -> None:
     assert "KeyError" not in shown
 
 
-@pytest.mark.xfail(
-    reason="worker/user_code.py _is_users: any folder called importlib or concurrent is a library",
-    raises=AssertionError,
-)
 def test_the_users_folder_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "concurrent" / "mine.py"
     code = compile("def loss(*arguments):\n    raise ValueError('no such digit')", path, "exec")
