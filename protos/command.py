@@ -50,7 +50,8 @@ def run(app: typer.Typer, prog: str) -> NoReturn:
     _log_to_stderr(prog)
     status = _status_of(app, prog)
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed from the start
+            sys.stdout.flush()
     except OSError as error:
         status = _unwritten(prog, error)
     sys.exit(status)

@@ -23,10 +23,12 @@ def use_platform(platform: str | None) -> None:
     import jax
 
     try:
-        jax.devices()
+        found, why = jax.default_backend(), ""
     except RuntimeError as error:
+        found, why = "nothing", f": {str(error).splitlines()[0]}"
+    if found == "nothing" or platform not in (None, found):
         wanted = f"--platform {platform}" if platform else "JAX_PLATFORMS in the environment"
         raise UsageError(
-            f"{wanted} cannot be had: {str(error).splitlines()[0]}; install JAX for it "
+            f"{wanted} cannot be had here, JAX finds {found}{why}; install JAX for it "
             "(docs.jax.dev/en/latest/installation.html), or use --platform cpu"
-        ) from None
+        )

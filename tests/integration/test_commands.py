@@ -1159,7 +1159,6 @@ def test_a_platform_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert checked.errors.startswith("headwater check: error: --platform gpu cannot be had: ")
 
 
-@pytest.mark.xfail(strict=True, reason="command.run flushes sys.stdout, which is None: a traceback")
 def test_stdout_that_is_closed_does_no_harm(tmp_path: Path) -> None:
     """Daemons are started so."""
     headwater = shlex.quote(str(processes.HEADWATER))

@@ -255,11 +255,6 @@ def test_a_stream_that_ends_without_a_word_gives_everything_back(start, how: str
     assert run.count() == [1.0] * EXAMPLES
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="session._write_one: before Python 3.12 wait_for loses a cancellation that comes as the "
-    "write ends; _write goes on, and run() waits for it for ever",
-)
 def test_a_stream_cut_while_weights_are_on_their_way_ends_at_once(start) -> None:
     run = start(padding=SEVERAL_PARTS, examples=400 * BATCH)
     for _ in range(80):  # it depends on the moment
@@ -548,10 +543,6 @@ def _address(command: processes.Command) -> str:
     return command.errors.partition("listening on ")[2].partition(";")[0]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="serve._end: stop_training() makes _pump return at once, so what is held is dropped",
-)
 def test_stop_applies_what_pause_was_holding(start) -> None:
     """The .proto: "Ends the server in order: what it holds is applied"."""
     run = start()

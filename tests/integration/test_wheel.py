@@ -115,7 +115,7 @@ def test_the_wheels_version_and_page_are_the_packages(wheel: Path) -> None:
     info = f"headwater-{headwater.__version__}.dist-info/METADATA"
     metadata = message_from_bytes(zipfile.ZipFile(wheel).read(info))
     assert metadata["Version"] == headwater.__version__
-    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    assert metadata.get_payload(decode=True) == (ROOT / "README.md").read_bytes()
 
 
 class Installed(NamedTuple):

@@ -255,10 +255,6 @@ def test_a_worker_that_does_not_fit_is_told_what_differs(run: Run, what: str) ->
         assert run.status["workers"] == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="service._answered: the text is not cut, so RESOURCE_EXHAUSTED takes the reason's place",
-)
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
@@ -444,10 +440,6 @@ def test_a_push_whose_rest_never_came_is_rejected_when_the_next_begins(run: Run)
         leave(worker)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="session._begin_push: rejects a ticket that has expired, KeyError in admission.refuse",
-)
 def test_a_push_that_begins_after_an_unfinished_one_expired_gets_its_outcome(
     start, no_tracebacks: None
 ) -> None:
@@ -618,10 +610,6 @@ def test_a_loss_that_is_not_finite_is_rejected(run: Run, loss: float) -> None:
         leave(worker)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="store.apply: the cast to float32 warns; where warnings are errors, the run fails",
-)
 def test_a_loss_too_large_for_float32_is_answered_and_the_run_goes_on(
     run: Run, no_tracebacks: None
 ) -> None:
@@ -633,10 +621,6 @@ def test_a_loss_too_large_for_float32_is_answered_and_the_run_goes_on(
     assert run.status["state"] != "failed"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="coordinator._count_update: the metrics are laid over the loss",
-)
 def test_a_metric_called_loss_does_not_stand_in_for_the_loss(run: Run) -> None:
     worker = run.joined()
     ticket = worker.ticket()
@@ -836,10 +820,6 @@ def test_a_pull_that_waits_for_no_time_at_all_is_answered_at_once(run: Run, wait
         assert pb.PullReply.FromString(replies[0]).stamp.version == 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="rpc.handlers: grpc.aio parses requests, and tells UNKNOWN with the Python exception",
-)
 @pytest.mark.parametrize("method", ["Pull", "GetStatus", "ReportEvaluation", "Evict"])
 def test_a_request_that_is_no_message_is_refused(
     run: Run, no_tracebacks: None, method: str
