@@ -156,7 +156,8 @@ def test_the_installed_command_helps(installed: Installed) -> None:
 
 
 def test_the_installed_command_trains(installed: Installed) -> None:
-    task = ("--task", "headwater.examples.mnist", "--epochs", "1")
+    # The default port may be taken between the look at it and the server's start.
+    task = ("--task", "headwater.examples.mnist", "--epochs", "1", "--listen", "127.0.0.1:0")
     output = run(
         installed.bin / "headwater", "run", *task, "--workers", "1", cwd=installed.elsewhere
     )
