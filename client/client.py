@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # quick commands do without NumPy
 log = logging.getLogger("headwater.client")
 
 RPC_TIMEOUT_S = 10.0
+SNAPSHOT_TIMEOUT_S = 600.0
+"""For a snapshot to be written: 60 GB at 100 MB/s."""
 WAIT_S = 30.0
 """Seconds that one Pull of a subscription waits; it is asked again without end."""
 
@@ -177,6 +179,14 @@ class Client:
         """
         return self._steer("Evict", pb.EvictRequest(worker=worker))
 
+    def snapshot(self) -> str:
+        """Make the current version durable; returns when it is.
+
+        Raises:
+          Refused: UNWRITABLE; the server's disk is full or broken.
+        """
+        return self._steer("Snapshot", pb.SnapshotRequest(), timeout_s=SNAPSHOT_TIMEOUT_S)
+
     def stop(self) -> str:
         """End the server in order: its weights are kept, its workers exit 0."""
         return self._steer("Stop", pb.StopRequest())
@@ -210,11 +220,11 @@ class Client:
         names = [spec.name for spec in read.weights.layout.tensors]
         return Weights(dict(zip(names, read.weights.leaves, strict=True)), read)
 
-    def _steer(self, method: str, request: Any) -> str:
-        return str(self._ask(method, request).message)
+    def _steer(self, method: str, request: Any, timeout_s: float | None = None) -> str:
+        return str(self._ask(method, request, timeout_s).message)
 
-    def _ask(self, method: str, request: Any) -> Any:
+    def _ask(self, method: str, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=self._timeout_s)
+            return getattr(self._stub, method)(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from None

@@ -219,6 +219,29 @@ def pull(
         )
 
 
+@app.command("check-snapshot")
+def check_snapshot(
+    snapshots: Annotated[
+        list[Path], typer.Argument(metavar="FILE…", help="snapshot-….safetensors of a run.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a file.")] = False,
+) -> None:
+    """Check every byte of a snapshot, and say what it holds. Needs no server."""
+    from headwater.client.check_snapshot import check, lines
+
+    failed = []
+    for path in snapshots:
+        found = check(path)
+        if as_json:
+            _print_json(found, indent=None)
+        elif found["error"] is None:
+            print("\n".join(lines(found)), flush=True)
+        if found["error"] is not None:
+            failed.append(found["error"])
+    if failed:
+        raise HeadwaterError("; ".join(failed))
+
+
 # ------------------------------------------------------------------ steering
 
 
@@ -244,8 +267,14 @@ def evict(
 
 
 @app.command()
+def snapshot(server: ServerAddress = DEFAULT_ADDRESS) -> None:
+    """Make the current version durable now, and wait until it is."""
+    _steer(server, Client.snapshot)
+
+
+@app.command()
 def stop(server: ServerAddress = DEFAULT_ADDRESS) -> None:
-    """End the server in order: its weights are kept, its workers exit 0."""
+    """End the server in order: the run is kept and can be continued, its workers exit 0."""
     with Client(server) as client:
         print(client.stop(), flush=True)
         end = time.monotonic() + STOP_TIMEOUT_S

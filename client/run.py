@@ -43,6 +43,8 @@ FOLLOW_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 3.0
 """For the server to end in order after Ctrl-C, and KILL_S later all is killed: 5 s in all."""
 KILL_S = 1.2
+GRACE = "2.5"
+"""The server's own, unless another is asked for."""
 
 EVALUATOR_NICE = 10
 """Evaluation gives way to training."""
@@ -99,7 +101,7 @@ class Training:
         server = self._start(
             "server", "server",
             [
-                "--listen", listen, "--exit-when-done", "--await-evaluation",
+                "--listen", listen, "--exit-when-done", "--await-evaluation", "--grace", GRACE,
                 *self._pass_on_to_server(),
             ],
             environment=share, tells_ready=True,

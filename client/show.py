@@ -38,8 +38,8 @@ def _status_rows(status: Status) -> Iterable[tuple[str, RenderableType]]:
     state = Text(status["state"], style=_STATE_STYLES.get(status["state"], ""))
     yield "run", f"{status['task']} {status['run_id']}, incarnation {status['incarnation']}"
     yield "state", state
-    durable = f", durable {status['durable_version']:,}" if status["durable_version"] else ""
-    yield "version", f"{status['version']:,}{durable}"
+    yield "version", f"{status['version']:,}"
+    yield "durable", _durable(status)
     yield "epoch", epoch(status)
     yield "batches", _batches(status)
     if status["loss"] is not None:
@@ -63,6 +63,13 @@ def _status_rows(status: Status) -> Iterable[tuple[str, RenderableType]]:
         f"{status['parameters']:,}; {size(status['bytes_in'])} in, {size(status['bytes_out'])} out",
     )
     yield "directory", status["run_dir"]
+
+
+def _durable(status: Status) -> str:
+    how = f"a snapshot every {status['snapshot_every']}"
+    if status["durability"] == "log":
+        how = "every update, before it is acknowledged"
+    return f"{status['durable_version']:,} ({how})"
 
 
 def _batches(status: Status) -> str:

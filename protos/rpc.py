@@ -26,6 +26,9 @@ SERVER_ENV = "HEADWATER_SERVER"
 """The environment variable that names the server where --server does not."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
+SERVICE_NAME = _SERVICE.full_name
+"""Under which its health can be asked for, by the standard gRPC health protocol."""
+
 _RAW = {pb.WorkerMessage.DESCRIPTOR.full_name, pb.ServerMessage.DESCRIPTOR.full_name,
         pb.PullReply.DESCRIPTOR.full_name}  # fmt: skip
 

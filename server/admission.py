@@ -93,6 +93,11 @@ class Admission:
         """Gradients on their way into the weights, which nothing can stop."""
         return len(self._applying)
 
+    @property
+    def out_count(self) -> int:
+        """Tickets whose gradients have not come yet."""
+        return len(self._out)
+
     def outstanding(self, number: int) -> Ticket | None:
         """The ticket, if its gradient is still awaited."""
         out = self._out.get(number)

@@ -74,7 +74,7 @@ def check_task(loaded: LoadedTask) -> Report:
 
     from headwater.server.optimizer import check, resolve
     from headwater.server.order import BatchOrder
-    from headwater.server.store import NotFinite, Store
+    from headwater.server.store import NotFinite, Store, initial
     from headwater.worker.data import batch_rng
     from headwater.worker.evaluate import numbers
     from headwater.worker.gradient import GradientFunction
@@ -95,7 +95,7 @@ def check_task(loaded: LoadedTask) -> Report:
     tree.check(params)
     check(optimizer, params)
     try:
-        store = Store(tree, params, optimizer, incarnation=1)
+        store = Store(tree, optimizer, initial(tree, params, optimizer))
     except NotFinite as error:
         raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
     layout = store.layout

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import ipaddress
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +50,20 @@ class ServerConfig:
     """Bytes of gradients that may be on their way into the weights at once; room
     for one is always made. It bounds how many workers hold a ticket."""
 
+    durability: Literal["snapshot", "log"] = "snapshot"
+    """What a crash of the server may cost: what came since the last snapshot, or,
+    because every update is logged before it is acknowledged, nothing."""
+
+    snapshot_every: str = "30s"
+    """Time (30s, 5m, 1h) or number of updates (500) from one snapshot to the next."""
+
+    keep: int = 3
+    """Snapshots kept, the newest ones. With 2 or more, a damaged newest one is survived."""
+
+    grace_s: float = 20.0
+    """Seconds that a server which is told to end has: to let the gradients under way
+    come in, and to make the last version durable."""
+
     session_timeout_s: float = 15.0
     """Seconds of silence before a worker is forgotten. Workers speak every 2 s."""
 
@@ -83,6 +99,9 @@ class ServerConfig:
                 raise UsageError(f"--{flag} {value} must be at least 1")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed {self.seed} must be in 0 … 4294967295")
+        if self.keep < 1:
+            raise UsageError(f"--keep {self.keep} must be at least 1")
+        self.snapshot_interval  # noqa: B018  (raises where it is none)
         if self.max_staged_bytes < 1:
             raise UsageError(f"--max-staged-bytes {self.max_staged_bytes} must be at least 1")
         for flag, seconds in (
@@ -90,9 +109,49 @@ class ServerConfig:
             ("ticket-timeout", self.ticket_timeout_s),
             ("compile-timeout", self.compile_timeout_s),
             ("evaluation-timeout", self.evaluation_timeout_s),
+            ("grace", self.grace_s),
         ):
             if not seconds > 0:  # NaN is not
                 raise UsageError(f"--{flag} {seconds} must be more than 0 seconds")
+
+    @functools.cached_property
+    def snapshot_interval(self) -> Interval:
+        """`snapshot_every`, read."""
+        return Interval.parse(self.snapshot_every, "--snapshot-every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """From one snapshot to the next: so many seconds, or so many updates."""
+
+    seconds: float | None = None
+    updates: int | None = None
+
+    @classmethod
+    def parse(cls, text: str, flag: str) -> Interval:
+        """`30s`, `5m`, `1h`, or a number of updates.
+
+        Raises:
+          UsageError: It is none of these, or not more than 0; names `flag`.
+        """
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text):
+            number, unit = match.groups()
+            if unit and float(number) > 0:
+                return cls(seconds=float(number) * _SECONDS[unit])
+            if number.isdecimal() and int(number) > 0:
+                return cls(updates=int(number))
+        raise UsageError(
+            f"{flag} {text!r}: it is a time, such as 30s, 5m or 1h, or a number of updates, such "
+            "as 500"
+        )
+
+    def __str__(self) -> str:
+        if self.updates is not None:
+            return f"{self.updates:,} updates"
+        return f"{self.seconds:g} s"
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def is_loopback(host: str) -> bool:

@@ -8,10 +8,13 @@ does the arithmetic; sessions do the talking; the ending is in serve.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
@@ -22,6 +25,7 @@ from headwater.server.applier import Applier, Job, Result
 from headwater.server.config import ServerConfig
 from headwater.server.evaluations import Evaluations
 from headwater.server.identity import RunIdentity
+from headwater.server.journal import Journal
 from headwater.server.ledger import Ledger
 from headwater.server.metrics import RunFigures
 from headwater.server.order import BatchOrder
@@ -30,9 +34,12 @@ from headwater.server.roster import Member, Roster
 from headwater.server.session import Session
 from headwater.server.staging import Staging
 from headwater.server.store import NotFinite, Published, Store
+from headwater.server.update_log import LogBroken, NoRoom, UpdateLog
 from headwater.server.waiters import VersionWaiters
 
 log = logging.getLogger("headwater.server")
+
+P = ParamSpec("P")
 
 
 class Coordinator:
@@ -41,6 +48,7 @@ class Coordinator:
     Args:
       on_done: Called once, with an error's text or None, when no more updates
         will come: the last batch was applied, or the run failed.
+      update_log: Where each update is made durable before it is acknowledged.
       clock: Seconds, monotonic.
     """
 
@@ -54,6 +62,7 @@ class Coordinator:
         *,
         run_dir: str,
         optimizer_text: str,
+        update_log: UpdateLog | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.current: Published = store.current
@@ -66,13 +75,13 @@ class Coordinator:
         self.refusals = Refusals()
         self.ledger = Ledger(order.total, order.per_epoch, store.current.applied)
         self.admission = Admission(self.ledger, self.staging.slots, self._avoided_by)
-        self.durable_version = 0
+        self.durable_version = self._on_disk_version = store.current.version
         self.state_override: pb.RunState | None = None
         """What the ending says of the run; None while it goes on."""
         self.figures = RunFigures()
         self.evaluations = Evaluations()
-        self.problems: list[str] = []
-        """What needs the user's attention, in sentences."""
+        self.problems: dict[str, str] = {}
+        """What needs the user's attention, in sentences, by what it is about."""
         self.run_dir = run_dir
         self.optimizer_text = optimizer_text
         self.clock = clock
@@ -80,6 +89,10 @@ class Coordinator:
 
         self._on_done = on_done
         self._is_done = False
+        self._draining = False
+        self._drained = asyncio.Event()  # and nothing is out any more
+        self.log_broken = False
+        """Whether the update log failed: then nothing more is made durable."""
         self._sessions: dict[int, Session] = {}
         self._life = secrets.randbits(64)
         self._pushes: dict[int, tuple[Member, pb.Push]] = {}  # admitted, by ticket number
@@ -88,12 +101,17 @@ class Coordinator:
         self._idle = asyncio.Event()  # nothing is being applied
         self._idle.set()
         self._paused_time: float | None = None
-        loop = asyncio.get_running_loop()
-
-        def tell(job: Job, result: Result) -> None:
-            loop.call_soon_threadsafe(self._applied, job, result)
-
-        self.applier = Applier(store, tell)
+        # Of updates that are applied and not yet durable: their versions, and who waits.
+        self._unacknowledged: deque[tuple[int, Member, pb.Outcome]] = deque()
+        self.journal: Journal | None = None
+        if update_log is not None:
+            self.journal = Journal(
+                update_log,
+                on_synced=_on_loop(self.durable),
+                on_broken=_on_loop(self._log_failed),
+                on_full=_on_loop(self._log_full),
+            )
+        self.applier = Applier(store, _on_loop(self._applied), self.journal)
 
     # ----------------------------------------------------- workers come and go
 
@@ -246,8 +264,12 @@ class Coordinator:
         if self._is_done:
             return
         self._apply_held()
-        for grant in self.admission.grants(self.current.version, self.clock()):
-            self._send_grant(grant)
+        if self._draining:
+            if not self.admission.out_count:
+                self._drained.set()
+        else:
+            for grant in self.admission.grants(self.current.version, self.clock()):
+                self._send_grant(grant)
 
     def _apply_held(self) -> None:
         while (ticket := self.admission.next_to_apply()) is not None:
@@ -263,6 +285,11 @@ class Coordinator:
             self.staging.give_back(self._buffers.pop(ticket.number))
         if isinstance(result, NotFinite):
             self._refused(member, push, ticket, result)
+        elif isinstance(result, NoRoom):  # to the end of this server: it is being stopped
+            self.admission.refuse(ticket)
+        elif isinstance(result, LogBroken):
+            self.admission.refuse(ticket)
+            self._log_failed(str(result))
         elif isinstance(result, Exception):
             log.error("the update failed", exc_info=result)
             self.admission.refuse(ticket)
@@ -275,6 +302,7 @@ class Coordinator:
             else:
                 self._count_update(member, push, ticket, result)
         self._version_waiters.wake(self.current.version)
+        self._acknowledge()
         if not self.admission.applying_count:
             self._idle.set()
         if self.ledger.done:
@@ -294,7 +322,43 @@ class Coordinator:
         member.gradients += 1
         member.staleness.add(staleness)
         member.examples.add(size, now)
-        self._answer(member, replies.applied(push, result.version, staleness))
+        outcome = replies.applied(push, result.version, staleness)
+        if self.journal is None:
+            self._answer(member, outcome)
+        else:
+            self._unacknowledged.append((result.version, member, outcome))
+
+    def durable(self, version: int) -> None:
+        """All up to `version` is on disk: whoever made it may be told."""
+        # The log may be ahead of the weights by what is just being applied.
+        self._on_disk_version = max(self._on_disk_version, version)
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        self.durable_version = max(
+            self.durable_version, min(self._on_disk_version, self.current.version)
+        )
+        while self._unacknowledged and self._unacknowledged[0][0] <= self.durable_version:
+            _, member, outcome = self._unacknowledged.popleft()
+            self._answer(member, outcome)
+
+    def _log_full(self, why: str | None) -> None:
+        if why is None:
+            del self.problems["log"]
+            log.info("there is room for the update log again; pushes go on")
+        else:
+            self.problems["log"] = (
+                f"the update log in {self.run_dir} cannot be written: {why}; pushes are held until "
+                "there is room"
+            )
+            log.error("%s", self.problems["log"])
+
+    def _log_failed(self, why: str) -> None:
+        self.log_broken = True
+        self._finish(
+            f"the update log in {self.run_dir} failed: {why}. Nothing after version "
+            f"{self.durable_version} is durable, and nothing of it was acknowledged"
+        )
 
     def _refused(self, member: Member, push: pb.Push, ticket: Ticket, why: NotFinite) -> None:
         batch = self.order.id(ticket.position)
@@ -344,7 +408,7 @@ class Coordinator:
             return
         self._request(member)
         message = self._message(outcome=outcome)
-        if self._is_done or self.ledger.done:
+        if self._is_done or self._draining or self.ledger.done:
             session.send(message)
             return
         sent = False
@@ -435,6 +499,19 @@ class Coordinator:
             self._paused_time = None
             self._pump()
 
+    def begin(self) -> None:
+        """Find out whether there is anything left to train."""
+        if self.ledger.done:
+            self._finish(None)
+
+    async def drain(self, timeout_s: float) -> None:
+        """No more tickets; returns when those that are out have come back, or after the time."""
+        self._draining = True
+        self._pump()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._drained.wait()
+
     async def stop_training(self, *, apply_held: bool) -> None:
         """No more tickets. Returns when nothing is being applied any more.
 
@@ -442,6 +519,8 @@ class Coordinator:
           apply_held: Apply the gradients that are here whole, paused or not.
         """
         self._is_done = True
+        if self.journal is not None:
+            self.journal.give_up()
         if apply_held:
             self.admission.paused = False
             self._apply_held()
@@ -454,7 +533,7 @@ class Coordinator:
     def _bye_now(self, member: Member) -> None:
         reasons = {pb.RUN_FINISHED: pb.BYE_FINISHED, pb.RUN_FAILED: pb.BYE_FAILED}
         state = self.state_override or pb.RUN_STOPPING
-        text = self.problems[-1] if state == pb.RUN_FAILED else ""
+        text = self.problems["end"] if state == pb.RUN_FAILED else ""
         self.say_bye(member, reasons.get(state, pb.BYE_STOPPED), text)
 
     # ----------------------------------------------------------------- reading
@@ -496,6 +575,16 @@ class Coordinator:
         return pb.ServerMessage(
             stamp=self.stamp(), welcome=welcome, outcome=outcome, lease=lease, bye=bye
         )
+
+
+def _on_loop(method: Callable[P, None]) -> Callable[P, None]:
+    """The method as threads may call it: it runs on this event loop, a moment later."""
+    loop = asyncio.get_running_loop()
+
+    def call(*arguments: P.args, **named: P.kwargs) -> None:
+        loop.call_soon_threadsafe(lambda: method(*arguments, **named))
+
+    return call
 
 
 def _bounded(push: pb.Push, limit: int = 64) -> dict[str, float]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from headwater.protos.errors import HeadwaterError
 from headwater.server.config import ServerConfig
-from headwater.server.serve import Ended, Serving, prepare
+from headwater.server.prepare import prepare
+from headwater.server.serve import Ended, Serving
 from headwater.worker.load import LoadedTask
 from headwater.worker.task import Task
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,12 +17,14 @@ from headwater.protos import command
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import RunFailed
 from headwater.protos.rpc import DEFAULT_ADDRESS
+from headwater.server import failpoints
 from headwater.server.config import ServerConfig
 from headwater.worker.options import TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
-    from headwater.server.serve import Ended, Prepared
+    from headwater.server.prepare import Prepared
+    from headwater.server.serve import Ended, Serving
     from headwater.worker.load import LoadedTask
 
 log = logging.getLogger("headwater.server")
@@ -41,7 +45,10 @@ def server(
     ] = False,
     run_dir: Annotated[
         Path | None,
-        typer.Option(help="Where the run is kept. Default: runs/TASK-RUN_ID."),
+        typer.Option(
+            help="Where the run is kept; a run that is there is continued. Default: "
+            "runs/TASK-RUN_ID."
+        ),
     ] = None,
     consistency: Annotated[
         str, typer.Option(help="async: every gradient is applied when it arrives.")
@@ -73,6 +80,20 @@ def server(
         Literal["end", "skip"],
         typer.Option(help="A batch that nobody can compute ends the run, or is left out."),
     ] = "end",
+    durability: Annotated[
+        Literal["snapshot", "log"],
+        typer.Option(
+            help="What a crash of the server may cost: snapshot, the updates since the last one; "
+            "log, nothing that was acknowledged, at the price of writing every gradient to disk."
+        ),
+    ] = "snapshot",
+    snapshot_every: Annotated[
+        str, typer.Option(metavar="30s|500", help="Time or updates between snapshots.")
+    ] = ServerConfig.snapshot_every,
+    keep: Annotated[int, typer.Option(metavar="N", help="Snapshots kept.")] = ServerConfig.keep,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", help="To end in order after SIGTERM or stop.")
+    ] = ServerConfig.grace_s,
     max_staged_bytes: Annotated[
         int, typer.Option(metavar="BYTES", help="Of gradients on their way into the weights.")
     ] = ServerConfig.max_staged_bytes,
@@ -93,7 +114,8 @@ def server(
 ) -> None:
     """Keep the weights of one run and apply the workers' gradients to them.
 
-    Each option overrides the task's own value. Ctrl-C or SIGTERM keeps the weights and ends.
+    Each option overrides the task's own value. Ctrl-C or SIGTERM makes the last version durable
+    and ends; the same command with --run-dir DIR goes on from there, after a crash as well.
     """
     config = ServerConfig(
         listen=listen,
@@ -107,13 +129,18 @@ def server(
         exit_when_done=exit_when_done,
         await_evaluation=await_evaluation,
         on_nonfinite=on_nonfinite,
+        durability=durability,
+        snapshot_every=snapshot_every,
+        keep=keep,
+        grace_s=grace,
         max_staged_bytes=max_staged_bytes,
         session_timeout_s=session_timeout,
         ticket_timeout_s=ticket_timeout,
     )
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
     use_platform(platform)
-    from headwater.server.serve import prepare
+    failpoints.arm(os.environ.get(failpoints.ENV, ""))
+    from headwater.server.prepare import prepare
     from headwater.worker.load import load_task
     from headwater.worker.user_code import guard_user_code
 
@@ -122,24 +149,38 @@ def server(
         prepared = prepare(loaded, config)
     ended, interrupted = asyncio.run(_serve(prepared, loaded, task))
     prepared.run_dir.close()
-    place = f"the weights of version {ended.version} are in {prepared.run_dir.weights_path}"
+    folder = prepared.run_dir.path
+    place = f"version {ended.version} is in {folder}"
     if not ended.saved:
-        place = f"the weights of version {ended.version} could not be written, and are lost"
+        place = f"version {ended.version} could not be written; the newest that can be continued "
+        place += f"from is version {ended.durable_version}"
+    again = f"go on with: {_resume_command(folder)}"
     if ended.state == pb.RUN_FAILED:
-        raise RunFailed(f"{ended.message}; {place}")
+        raise RunFailed(f"{ended.message}; {place}; {again}")
     if not ended.saved:
-        raise RunFailed(place)
-    names = {pb.RUN_FINISHED: "finished"}
-    log.info("%s; %s", names.get(ended.state, "stopped"), place)
+        raise RunFailed(f"{place}; {again}")
+    if ended.state == pb.RUN_FINISHED:
+        log.info("finished; %s, its weights in %s", place, prepared.run_dir.weights_path)
+    else:
+        log.info("stopped; %s", place)
+        log.info("%s", again)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _resume_command(run_dir: Path) -> str:
+    """What was typed, with the run directory in it."""
+    words = sys.argv[1:]
+    if not any(word == "--run-dir" or word.startswith("--run-dir=") for word in words):
+        words = [*words, "--run-dir", str(run_dir)]
+    return shlex.join(["headwater", "server", *words])
 
 
 async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[Ended, bool]:
     """Serve until the end; the second value tells whether Ctrl-C was the cause."""
     from headwater.server.serve import Serving
 
-    serving = Serving(prepared)
+    serving, config = Serving(prepared), prepared.config
     received: list[int] = []
 
     def on_signal(number: int) -> None:
@@ -160,6 +201,8 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
             prepared.optimizer_text, order.epochs, order.per_epoch, order.batch_size,
         )  # fmt: skip
         log.info("run directory %s", prepared.run_dir.path)
+        log.info("%s", _cost(config))
+        log.info("    %s", _resume_command(prepared.run_dir.path))
         log.info("listening on %s; add workers with", address)
         log.info("    headwater worker --task %s --server %s", spec, address)
         command.announce_ready(
@@ -171,8 +214,29 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
             }
         )
 
+    hurry = asyncio.create_task(_end_within(serving, config.grace_s))
     ended = await serving.run(on_ready)
+    hurry.cancel()
     return ended, signal.SIGINT in received
+
+
+async def _end_within(serving: Serving, grace_s: float) -> None:
+    """End the process when it takes too long to end in order: nothing durable is lost by that."""
+    await serving.stopping()
+    await asyncio.sleep(grace_s)
+    version = serving.run_state.durable_version
+    log.error("not ended within --grace %g s; the newest durable version is %d", grace_s, version)
+    os._exit(1)
+
+
+def _cost(config: ServerConfig) -> str:
+    """What a crash may cost."""
+    if config.durability == "log":
+        return "a crash costs no update that was acknowledged; continue after it with"
+    return (
+        f"a crash costs at most what came in {config.snapshot_interval}, and while a snapshot was "
+        "being written; continue after it with"
+    )
 
 
 def main() -> None:

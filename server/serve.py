@@ -1,11 +1,12 @@
-"""A server from start to end: build it, serve, and end the run in order.
+"""A server from its first reply to its exit; what is made before that: prepare.py.
 
-    finished   weights on disk -> `finished` in status -> bye to workers and
-               readers -> evaluation of the final version -> exit, if asked to
-    stopped    what was begun is applied -> weights on disk -> bye -> exit
-    failed     weights on disk -> `failed` with the reason -> bye -> exit 1
+    finished   snapshot -> `finished` in status -> bye to workers and readers
+               -> evaluation of the final version -> exit, if asked to
+    stopped    not serving -> gradients under way come in -> snapshot -> bye -> exit
+    failed     snapshot -> `failed` with the reason -> bye -> exit 1
 
-Nothing here waits without a bound.
+A server that is killed at any point of this goes on from there when it is
+started again. Nothing here waits without a bound.
 """
 
 from __future__ import annotations
@@ -14,34 +15,26 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
-import jax
-import numpy as np
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from headwater import __version__
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
-from headwater.protos.errors import UsageError
-from headwater.protos.layout import LayoutError
 from headwater.protos.rpc import join_address, split_address
-from headwater.server.config import ServerConfig
+from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
 from headwater.server.encoder import Encoder
-from headwater.server.identity import RunIdentity
-from headwater.server.optimizer import check, resolve
-from headwater.server.order import ORDER_VERSION, BatchOrder
-from headwater.server.run_dir import RunDir
+from headwater.server.prepare import Prepared, port_taken
+from headwater.server.saver import Saver
 from headwater.server.service import Service
+from headwater.server.snapshots import arrays_of
 from headwater.server.status import status
-from headwater.server.store import NotFinite, Published, Store
-from headwater.worker.load import LoadedTask
-from headwater.worker.task import TaskError
-from headwater.worker.user_code import guard_user_code
+from headwater.server.store import Published
+from headwater.server.update_log import LogBroken, NoRoom
 
 log = logging.getLogger("headwater.server")
 
@@ -58,19 +51,6 @@ CLOSE_TIMEOUT_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Everything of a run that is made before it is served."""
-
-    config: ServerConfig
-    identity: RunIdentity
-    order: BatchOrder
-    store: Store
-    run_dir: RunDir
-    optimizer_text: str
-    awaits_evaluation: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Ended:
     """How a server ended."""
 
@@ -78,65 +58,13 @@ class Ended:
     version: int
     message: str
     """With RUN_FAILED, why."""
-    saved: bool
-    """Whether that version is on disk."""
+    durable_version: int
+    """The newest that is on disk."""
 
-
-def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
-    """Load the data's length, make the initial weights, compile the update, make the run directory.
-
-    Raises:
-      UsageError: The task, an option or the run directory cannot work; says which.
-    """
-    task = loaded.task
-    _check_port_is_free(config.listen)
-    try:
-        identity = loaded.identity()
-        order = BatchOrder(
-            example_count=identity.example_count,
-            batch_size=config.batch_size or task.batch_size,
-            epochs=config.epochs or task.epochs,
-            seed=task.seed if config.seed is None else config.seed,
-            shuffle=task.shuffle,
-            remainder=task.remainder,
-        )
-        optimizer = resolve(config.optimizer or task.optimizer, order.total)
-        with guard_user_code("Task.init raised"):
-            params = task.init(jax.random.key(order.seed))
-        task.tree.check(params)
-        check(optimizer, params)
-        store = Store(task.tree, params, optimizer, incarnation=1)
-    except NotFinite as error:
-        raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
-    except (TaskError, LayoutError) as error:
-        raise UsageError(str(error)) from None
-    order.prepare(0)
-    run_dir = RunDir(config.run_dir, loaded.name)
-    run_dir.write_run(
-        {
-            "incarnation": 1,
-            "task": loaded.name,
-            "options": dict(loaded.options),
-            "layout": store.layout.fingerprint,
-            "example_count": order.example_count,
-            "batch_size": order.batch_size,
-            "epochs": order.epochs,
-            "seed": order.seed,
-            "order_version": ORDER_VERSION,
-            "optimizer": optimizer.text,
-            "consistency": config.consistency,
-            "headwater": __version__,
-        }
-    )
-    return Prepared(
-        config,
-        RunIdentity(run_dir.run_id, identity, store.layout, loaded.software()),
-        order,
-        store,
-        run_dir,
-        optimizer.text,
-        awaits_evaluation=config.await_evaluation and task.evaluate is not None,
-    )
+    @property
+    def saved(self) -> bool:
+        """Whether the version that it ended at is on disk."""
+        return self.durable_version >= self.version
 
 
 class Serving:
@@ -147,6 +75,8 @@ class Serving:
         self._stopping = asyncio.Event()
         self._done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._encoder = Encoder(prepared.store.layout)
+        self._health = health.aio.HealthServicer()
+        self._grace_ends = 0.0
         self.run_state = Coordinator(
             prepared.store,
             prepared.order,
@@ -155,11 +85,25 @@ class Serving:
             self._done.set_result,
             run_dir=str(prepared.run_dir.path),
             optimizer_text=prepared.optimizer_text,
+            update_log=prepared.log,
         )
+        self._saver = Saver(self.run_state, prepared)
+        for number, warning in enumerate(prepared.warnings):
+            self.run_state.problems[f"recovery-{number}"] = warning
+        if prepared.evaluation is not None:
+            self.run_state.evaluations.newest = _report(prepared.evaluation)
+
+    async def stopping(self) -> None:
+        """Returns when the server was told to end."""
+        await self._stopping.wait()
 
     def stop(self) -> None:
         """End the server in order. Call on the event loop; may be called again."""
-        self._stopping.set()
+        if not self._stopping.is_set():
+            grace_s = self._prepared.config.grace_s
+            self._grace_ends = self.run_state.clock() + grace_s
+            self._prepared.run_dir.ends_within(grace_s)
+            self._stopping.set()
 
     async def run(self, on_ready: Callable[[str], None]) -> Ended:
         """Serve until the run is over; `on_ready` gets the address once it is open.
@@ -169,29 +113,50 @@ class Serving:
         """
         run, config = self.run_state, self._prepared.config
         server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
-        service = Service(run, self._encoder, self.stop, self._log_evaluation)
+        service = Service(run, self._encoder, self._saver, self.stop, self._log_evaluation)
         server.add_generic_rpc_handlers((rpc.handlers(service),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         host, _ = split_address(config.listen, "--listen")
         try:
             port = server.add_insecure_port(config.listen)
         except RuntimeError:
+            self._close_applier()
             raise port_taken(config.listen) from None
+        for name in ("", rpc.SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         on_ready(join_address(host, port))
-        began = time.monotonic()
+        began, first = time.monotonic(), run.current.version
+        run.begin()
         try:
-            async with self._background(self._tick(), self._log_progress(), self._shuffle_ahead()):
+            async with self._background(
+                self._tick(),
+                self._log_progress(),
+                self._shuffle_ahead(),
+                self._saver.save_when_due(),
+            ):
                 stopped = asyncio.create_task(self._stopping.wait())
                 ends: list[asyncio.Future[Any]] = [stopped, self._done]
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 stopped.cancel()
-            ended = await self._end()
+                ended = await self._end()
         finally:
             await server.stop(CLOSE_TIMEOUT_S)
             self._encoder.close()
-            await asyncio.to_thread(run.applier.close)
-        self._log_end(ended, time.monotonic() - began)
+            await asyncio.to_thread(self._close_applier)
+        self._log_end(ended, first, time.monotonic() - began)
         return ended
+
+    def _close_applier(self) -> None:
+        journal = self.run_state.journal
+        if journal is not None:
+            journal.give_up()
+        self.run_state.applier.close()
+        if journal is not None:
+            try:
+                journal.close()
+            except (NoRoom, LogBroken) as error:
+                log.warning("the update log could not be closed in order: %s", error)
 
     # ------------------------------------------------------------------ ending
 
@@ -199,29 +164,38 @@ class Serving:
         run = self.run_state
         error = self._done.result() if self._done.done() else None
         finished = self._done.done() and error is None
-        if not finished:
+        if finished:
+            failpoints.reach("end-applied")
+        else:
+            await self._health.enter_graceful_shutdown()  # NOT_SERVING, to all who ask
+            if error is None:
+                await run.drain(self._prepared.config.grace_s / 2)
             await run.stop_training(apply_held=error is None)
-        saved = await self._save_patiently(run.current)
+        saved = not run.log_broken and await self._save_patiently(run.current)
         if not saved and finished:
             error = f"the final weights could not be written to {run.run_dir}"
+        failpoints.reach("end-durable")
         run.state_override = (
             pb.RUN_FAILED if error else pb.RUN_FINISHED if finished else pb.RUN_STOPPING
         )
         if error:
-            run.problems.append(error)
+            run.problems["end"] = error
+        failpoints.reach("end-finished")
         run.end_waits()
         run.bye_to_all()
+        failpoints.reach("end-bye")
         if finished and not error:
             if not self._prepared.config.exit_when_done:
                 log.info(
                     "finished at version %d; still serving the weights, end with `headwater stop`",
                     run.current.version,
                 )
-                async with self._background(self._tick()):
-                    await self._stopping.wait()
+                await self._stopping.wait()
+                await self._health.enter_graceful_shutdown()
             else:
                 await self._wait_for_evaluation()
-        return Ended(run.state_override, run.current.version, error or "", saved)
+        failpoints.reach("end-evaluated")
+        return Ended(run.state_override, run.current.version, error or "", run.durable_version)
 
     async def _wait_for_evaluation(self) -> None:
         run, patience = self.run_state, self._prepared.config.evaluation_timeout_s
@@ -239,28 +213,27 @@ class Serving:
             await asyncio.sleep(0.05)
 
     async def _save_patiently(self, published: Published) -> bool:
-        """Make a version durable; when the disk will not have it, try until somebody stops us."""
+        """Make a version durable; when the disk will not have it, try until the time is up.
+
+        When told to stop, that is the grace; else SAVE_TIMEOUT_S.
+        """
         run = self.run_state
         end = run.clock() + SAVE_TIMEOUT_S
-        while (problem := await self._save(published)) is not None:
-            if self._stopping.is_set() or run.clock() > end:
+        while await self._saver.save(published) is not None:
+            if run.clock() > (self._grace_ends if self._stopping.is_set() else end):
                 return False
-            if problem not in run.problems:
-                run.problems.append(problem)
-                log.error(
-                    "%s; trying again for %.0f min: make room, or take them with `headwater pull`",
-                    problem,
-                    SAVE_TIMEOUT_S / 60,
-                )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), SAVE_RETRY_S)
+            if self._stopping.is_set():
+                await asyncio.sleep(min(SAVE_RETRY_S, 0.5))
+        await self._save_weights(published)
         return True
 
-    async def _save(self, published: Published) -> str | None:
-        """Make a version durable; returns what was wrong, if anything."""
-        run, layout = self.run_state, self.run_state.layout
-        names = [spec.name for spec in layout.tensors]
-        arrays = dict(zip(names, map(np.asarray, published.leaves), strict=True))
+    async def _save_weights(self, published: Published) -> None:
+        """Leave the weights alone as a file of their own, for those who want nothing else."""
+        run = self.run_state
+        arrays, prefix = arrays_of(run.layout, published)
+        weights = {name: a for name, a in arrays.items() if not name.startswith(prefix)}
         metadata = {
             "run_id": run.identity.run_id,
             "task": run.identity.task.name,
@@ -268,11 +241,13 @@ class Serving:
             "version": str(published.version),
         }
         try:
-            await asyncio.to_thread(self._prepared.run_dir.save_weights, arrays, metadata)
+            await asyncio.to_thread(self._prepared.run_dir.save_weights, weights, metadata)
         except OSError as error:
-            return f"the weights of version {published.version} could not be written: {error}"
-        run.durable_version = published.version
-        return None
+            run.problems["weights"] = (
+                f"{self._prepared.run_dir.weights_path} could not be written: {error.strerror}; "
+                f"the weights are in {self._prepared.snapshots.path(published.version)}"
+            )
+            log.error("%s", run.problems["weights"])
 
     # -------------------------------------------------------------- background
 
@@ -336,7 +311,7 @@ class Serving:
             },
         )
 
-    def _log_end(self, ended: Ended, seconds: float) -> None:
+    def _log_end(self, ended: Ended, first: int, seconds: float) -> None:
         newest = self.run_state.evaluations.newest
         final = newest is not None and newest.version == ended.version
         self._log("progress", _progress(status(self.run_state)))
@@ -347,39 +322,19 @@ class Serving:
                 "version": ended.version,
                 "metrics": dict(newest.metrics) if newest is not None and final else {},
                 "seconds": seconds,
-                "updates_per_second": ended.version / seconds if seconds else 0.0,
+                "updates_per_second": (ended.version - first) / seconds if seconds else 0.0,
             },
         )
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
+        problems = self.run_state.problems
         try:
             self._prepared.run_dir.log_metrics(kind, values)
+            problems.pop("metrics", None)
         except OSError as error:
-            message = f"metrics.jsonl could not be written: {error.strerror}"
-            if message not in self.run_state.problems:
-                self.run_state.problems.append(message)
-                log.error("%s", message)
-
-
-def port_taken(listen: str) -> UsageError:
-    return UsageError(
-        f"{listen} is in use or not an address of this machine; stop what listens there, or choose "
-        "another with --listen HOST:PORT (port 0 takes a free one)"
-    )
-
-
-def _check_port_is_free(listen: str) -> None:
-    """Fail in a moment, rather than after the weights have been made."""
-    host, port = split_address(listen, "--listen")
-    if port == 0:
-        return
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            raise port_taken(listen) from None
+            if "metrics" not in problems:
+                problems["metrics"] = f"metrics.jsonl could not be written: {error.strerror}"
+                log.error("%s", problems["metrics"])
 
 
 def _progress(now: pb.StatusReply) -> dict[str, Any]:
@@ -399,3 +354,9 @@ def _progress(now: pb.StatusReply) -> dict[str, Any]:
 
 def _state_name(state: pb.RunState) -> str:
     return {pb.RUN_FINISHED: "finished", pb.RUN_FAILED: "failed"}.get(state, "stopped")
+
+
+def _report(line: dict[str, Any]) -> pb.EvaluationReport:
+    """An evaluation as metrics.jsonl has it."""
+    metrics = {name: value for name, value in line["metrics"].items() if value is not None}
+    return pb.EvaluationReport(version=line["version"], metrics=metrics, duration_s=line["seconds"])

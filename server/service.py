@@ -21,6 +21,7 @@ from headwater.protos.errors import REASON_KEY, Reason, Refused
 from headwater.protos.wire import frame
 from headwater.server.coordinator import Coordinator
 from headwater.server.encoder import Encoder
+from headwater.server.saver import Saver
 from headwater.server.session import Session
 from headwater.server.status import status
 
@@ -65,11 +66,13 @@ class Service:
         self,
         run: Coordinator,
         encoder: Encoder,
+        saver: Saver,
         on_stop: Callable[[], None],
         on_evaluation: Callable[[pb.EvaluationReport], None],
     ) -> None:
         self._run = run
         self._encoder = encoder
+        self._saver = saver
         self._on_stop = on_stop
         self._on_evaluation = on_evaluation
 
@@ -154,6 +157,13 @@ class Service:
     @_answered
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.SteerReply:
         return self._done(f"{self._run.evict(request.worker)} was evicted")
+
+    @_answered
+    async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.SteerReply:
+        published = self._run.current
+        if problem := await self._saver.save(published):
+            raise Refused(Reason.UNWRITABLE, problem)
+        return self._done(f"version {published.version} is durable")
 
     @_answered
     async def Stop(self, request: pb.StopRequest, context: Context) -> pb.SteerReply:

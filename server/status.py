@@ -50,7 +50,7 @@ def status(run: Coordinator) -> pb.StatusReply:
         consistency=run.config.consistency,
         optimizer=run.optimizer_text,
         skipped=len(run.current.left_out),
-        problems=run.problems,
+        problems=list(run.problems.values()),
         uptime_s=now - run.began_time,
         training_metrics=means,
         example_count=run.order.example_count,
@@ -58,4 +58,6 @@ def status(run: Coordinator) -> pb.StatusReply:
         batches_pending=ledger.pending_count,
         batches_leased=ledger.count(BatchState.LEASED) + ledger.count(BatchState.TICKETED),
         batches_admitted=ledger.count(BatchState.ADMITTED),
+        durability=run.config.durability,
+        snapshot_every=str(run.config.snapshot_interval),
     )

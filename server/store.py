@@ -39,23 +39,38 @@ class Published:
     left_out: Ranges
 
 
-class Store:
-    """The newest version, and `apply`, which makes the next one."""
+def initial(
+    tree: ParameterTree, params: PyTree, optimizer: AbstractOptimizer, incarnation: int = 1
+) -> Published:
+    """Version 0 of a run, from what `Task.init` gave."""
+    leaves = tuple(jnp.asarray(leaf) for leaf in tree.leaves(params))
+    state = optimizer.init(tree.restore(leaves))
+    return Published(incarnation, 0, leaves, state, Ranges(), Ranges())
 
-    def __init__(
-        self, tree: ParameterTree, params: PyTree, optimizer: AbstractOptimizer, incarnation: int
-    ) -> None:
+
+class Store:
+    """The newest version, and `apply`, which makes the next one.
+
+    Args:
+      tree: Of the parameters.
+      optimizer: Moves them.
+      start: The version to go on from.
+
+    Raises:
+      NotFinite: Its weights are not finite.
+    """
+
+    def __init__(self, tree: ParameterTree, optimizer: AbstractOptimizer, start: Published) -> None:
         self._tree = tree
-        self._optimizer = optimizer
-        leaves = tuple(jnp.asarray(leaf) for leaf in tree.leaves(params))
-        params = tree.restore(leaves)
-        state = optimizer.init(params)
+        self.current = start
+        params = tree.restore(start.leaves)
         loss = np.zeros((), np.float32)
         # Compiled here, so that the first push does not wait for it.
-        self._is_finite = jax.jit(_is_finite).lower(leaves, loss).compile()
-        self._step = jax.jit(optimizer.apply).lower(params, state, params, loss).compile()
-        self.current = Published(incarnation, 0, leaves, state, Ranges(), Ranges())
-        self._check(leaves, loss)
+        self._is_finite = jax.jit(_is_finite).lower(start.leaves, loss).compile()
+        self._step = (
+            jax.jit(optimizer.apply).lower(params, start.optimizer_state, params, loss).compile()
+        )
+        self._check(start.leaves, loss)
 
     @property
     def layout(self) -> Layout:
@@ -73,10 +88,21 @@ class Store:
         Raises:
           NotFinite: The gradient or the loss is not finite.
         """
+        self.check(gradient, loss)
+        return self.move(gradient, loss, position)
+
+    def check(self, gradient: Bytes, loss: float) -> None:
+        """Whether `move` may have them.
+
+        Raises:
+          NotFinite: The gradient or the loss is not finite.
+        """
+        self._check(list(self.layout.views(gradient).values()), _loss_array(loss))
+
+    def move(self, gradient: Bytes, loss: float, position: int) -> Published:
+        """`apply`, for what `check` has passed."""
         grads = list(self.layout.views(gradient).values())
-        with np.errstate(over="ignore"):  # too large is infinite, and refused as such
-            loss_array = np.asarray(loss, np.float32)
-        self._check(grads, loss_array)
+        loss_array = _loss_array(loss)
         before = self.current
         params, state = self._step(
             self._tree.restore(grads),
@@ -114,6 +140,11 @@ class Store:
             count = np.size(leaf) - int(np.count_nonzero(jnp.isfinite(_wide(jnp.asarray(leaf)))))
             if count:
                 raise NotFinite(f"{count} of the {np.size(leaf)} numbers in {spec.name}")
+
+
+def _loss_array(loss: float) -> np.ndarray:
+    with np.errstate(over="ignore"):  # too large is infinite, and refused as such
+        return np.asarray(loss, np.float32)
 
 
 def _is_finite(leaves: tuple[jax.Array, ...], loss: jax.Array) -> jax.Array:

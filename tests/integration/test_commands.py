@@ -147,6 +147,7 @@ class Training(NamedTuple):
     address: str
     cwd: Path
     run_dir: Path
+    server_pid: int
 
     def run(self, *arguments: str | Path, **environment: str) -> Finished:
         server = {"HEADWATER_SERVER": self.address, **environment}
@@ -171,10 +172,11 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     (cwd / "paced.py").write_text(PACED)
     (cwd / "go").touch()
     with (
-        processes.server("paced.py", cwd=cwd) as (_, address),
+        processes.server("paced.py", cwd=cwd) as (server, address),
         processes.worker("paced.py", address, "--name", "ada", cwd=cwd),
     ):
-        training = Training(address, cwd, (cwd / "runs/latest").resolve())
+        run_dir = (cwd / "runs/latest").resolve()
+        training = Training(address, cwd, run_dir, server.process.pid)
         training.wait_past(0)
         yield training
 
@@ -188,6 +190,7 @@ def test_status_shows_the_run_on_one_screen(training: Training) -> None:
         r"run         paced [0-9]{8}-[0-9]{6}-[0-9a-f]{4}, incarnation 1",
         r"state       training",
         r"version     [\d,]+",
+        r"durable     [\d,]+ \(a snapshot every 30 s\)",
         r"epoch       [\d,]+/100000",
         r"batches     [\d,]+ of 800,000 applied",
         r"training    loss \S+  error \S+",
@@ -201,7 +204,7 @@ def test_status_shows_the_run_on_one_screen(training: Training) -> None:
         r"directory   runs/paced-\S+",
     ]
     if not any(line.startswith("evaluation") for line in lines):
-        lines.insert(6, "")
+        lines.insert(7, "")
     assert len(lines) == len(expected), lines
     for pattern, line in zip(expected, lines, strict=True):
         assert_matches(pattern, line)
@@ -582,8 +585,8 @@ def test_a_run_directory_is_one_servers(training: Training) -> None:
     assert_fails(
         training.run("server", "--task", "paced.py", *where),
         2,
-        f"headwater server: error: another server has the run directory {training.run_dir}; stop "
-        "it, or name another with --run-dir",
+        f"headwater server: error: another server (pid {training.server_pid}) has the run "
+        f"directory {training.run_dir}; stop it, or name another with --run-dir",
     )
     training.wait_past(training.status()["version"])
 
@@ -729,8 +732,9 @@ def test_ctrl_c_ends_a_server_in_order_and_keeps_the_weights(tmp_path: Path) -> 
         assert worker.wait(10) == 0, worker.errors
         assert "Traceback" not in server.errors + worker.errors
         version = kept_version(tmp_path)
-        last = server.errors.splitlines()[-1]
-        assert f"headwater server: stopped; the weights of version {version} are in " in last
+        end, again = server.errors.splitlines()[-2:]
+        assert f"headwater server: stopped; version {version} is in runs/paced-" in end
+        assert "go on with: headwater server --task paced.py " in again
     assert version >= seen
 
 
@@ -926,14 +930,14 @@ def test_a_wrong_optimizer_is_pointed_at(folder: Path) -> None:
     )
 
 
-def test_a_run_directory_that_holds_a_run_is_refused(folder: Path) -> None:
+def test_a_run_directory_that_was_damaged_is_refused(folder: Path) -> None:
     (folder / "old").mkdir()
     (folder / "old/run.json").write_text("{}")
     assert_fails(
         run("server", "--task", "paced.py", "--run-dir", "old", *FREE_PORT, cwd=folder),
         2,
-        "headwater server: error: old holds a run already, and this version cannot continue one; "
-        "name another with --run-dir",
+        "headwater server: error: old/run.json was damaged ('format'); restore it from a copy, or "
+        "start anew in another directory",
     )
     assert (folder / "old/run.json").read_text() == "{}"
 
@@ -943,7 +947,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(folder: Path) -> None
     assert_fails(
         run("server", "--task", "paced.py", "--run-dir", "file/run", *FREE_PORT, cwd=folder),
         2,
-        "headwater server: error: the run directory file/run cannot be written: Not a directory; "
+        "headwater server: error: the run directory file/run cannot be used: Not a directory; "
         "name another with --run-dir",
     )
 
@@ -970,14 +974,14 @@ def test_headwater_alone_helps(tmp_path: Path) -> None:
 
 COMMANDS = [
     *("server", "worker", "run", "check", "status", "workers", "watch", "pull", "evaluate"),
-    *("pause", "resume", "evict", "stop"),
+    *("pause", "resume", "evict", "snapshot", "stop", "check-snapshot"),
 ]
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
     helped = run("--help", cwd=tmp_path)
     assert (helped.status, helped.errors) == (0, "")
-    assert set(re.findall(r"^  ([a-z]+)  ", helped.output, re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^  ([a-z-]+)  ", helped.output, re.MULTILINE)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

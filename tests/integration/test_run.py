@@ -180,7 +180,7 @@ def test_a_finished_run_leaves_a_log_of_each_process(digits: Trained) -> None:
     logs = digits.cwd / "runs/latest/logs"
     names = {path.name for path in logs.iterdir()}
     assert names == {"server.log", "worker-1.log", "worker-2.log", "evaluator.log"}
-    assert "finished; the weights of version 1250 are in " in (logs / "server.log").read_text()
+    assert "finished; version 1250 is in " in (logs / "server.log").read_text()
     joined = f"joined run {record(digits.cwd)['run_id']} as worker-"
     for worker in ("worker-1.log", "worker-2.log"):
         assert joined in (logs / worker).read_text()

@@ -17,6 +17,8 @@ import numpy as np
 import optax
 
 from headwater import ArrayData, Task
+from headwater.protos import files
+from kit.disk import FaultyDisk, ForgetfulDisk
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
@@ -32,6 +34,8 @@ def task(
     compute_s: float = 0.0,
     slow_while: str = "",
     begun: str = "",
+    faults: str = "",
+    shadow: str = "",
 ) -> Task:
     """A task whose every step can be drawn out, so that a fault can hit it.
 
@@ -42,7 +46,13 @@ def task(
       compute_s: Seconds that a gradient takes.
       slow_while: A file: once it is gone, loading and computing take no time.
       begun: A file that grows by a byte with every gradient that is begun (with compute_s).
+      faults: The control file of a FaultyDisk, for the process that loads this.
+      shadow: The folder of a ForgetfulDisk, likewise.
     """
+    if faults:
+        files.DISK = FaultyDisk(Path(faults))
+    elif shadow:
+        files.DISK = ForgetfulDisk(Path(shadow))
 
     def pause(seconds: float) -> None:
         if not slow_while or Path(slow_while).exists():

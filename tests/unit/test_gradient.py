@@ -14,7 +14,7 @@ import pytest
 
 from headwater import ArrayData, Task
 from headwater.server.optimizer import resolve
-from headwater.server.store import Store
+from headwater.server.store import Store, initial
 from headwater.worker.gradient import GradientFunction
 from headwater.worker.task import TaskError
 
@@ -305,7 +305,8 @@ def test_gradient_descent_on_complex_parameters_converges() -> None:
 
     mine = task(distance, lambda key: {"w": jnp.ones(3, jnp.complex64)})
     params = mine.init(jax.random.key(0))
-    store = Store(mine.tree, params, resolve(optax.sgd(0.1), 50), incarnation=1)
+    optimizer = resolve(optax.sgd(0.1), 50)
+    store = Store(mine.tree, optimizer, initial(mine.tree, params, optimizer))
     function = GradientFunction(mine, SEED)
     buffer = store.layout.empty()
 

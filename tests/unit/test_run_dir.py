@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 
 from headwater.protos.errors import UsageError
-from headwater.server.run_dir import FORMAT, RunDir
+from headwater.server.config import ServerConfig
+from headwater.server.run_dir import RunDir
+from headwater.server.run_record import FORMAT, RunRecord
 
 
 @pytest.fixture(autouse=True)
@@ -31,21 +37,36 @@ def opened(path: Path | None = None, task_name: str = "mnist") -> contextlib.clo
 
 
 def refusal(path: Path) -> str:
-    """Why it cannot be used. What stays open is closed: another test is about that."""
+    """Why it cannot be used; what was opened is closed again."""
+    before = open_files()
     with pytest.raises(UsageError) as error:
         RunDir(path, "mnist")
-    close_left_open(error)
+    assert open_files() == before
     return str(error.value)
 
 
-def close_left_open(error: pytest.ExceptionInfo[UsageError]) -> list[str]:
-    """Close the files of a RunDir that was refused; their names."""
-    half_made = error.traceback[-1].frame.f_locals["self"]
-    files = [getattr(half_made, name, None) for name in ("_lock", "_metrics")]
-    left = [file for file in files if file and not file.closed]
-    for file in left:
-        file.close()
-    return [Path(file.name).name for file in left]
+def open_files() -> list[str]:
+    return sorted(file.path for file in psutil.Process().open_files())
+
+
+def record(**changes: Any) -> RunRecord:
+    values = {
+        "run_id": "20270101-120000-abcd",
+        "incarnation": 1,
+        "task": "mnist",
+        "options": {"width": "64"},
+        "layout": "0123456789abcdef",
+        "example_count": 4000,
+        "batch_size": 32,
+        "seed": 0,
+        "shuffle": True,
+        "remainder": "keep",
+        "order_version": 1,
+        "epochs": 10,
+        "optimizer": "adam(1e-3)",
+        "asked": {"epochs": 10, "optimizer": None},
+    }
+    return RunRecord(**values | changes)
 
 
 def test_a_run_is_kept_under_runs_by_its_task_and_id() -> None:
@@ -122,7 +143,8 @@ def test_a_latest_that_cannot_be_replaced_leaves_nothing_behind() -> None:
 def test_a_directory_that_another_server_has_is_refused() -> None:
     with opened(Path("mine")):
         assert refusal(Path("mine")) == (
-            "another server has the run directory mine; stop it, or name another with --run-dir"
+            f"another server (pid {os.getpid()}) has the run directory mine; stop it, or name "
+            "another with --run-dir"
         )
 
 
@@ -144,7 +166,7 @@ def test_a_directory_that_another_process_has_is_refused() -> None:
             timeout=60,
             check=True,
         )
-    assert done.stdout.startswith("another server has the run directory mine;")
+    assert done.stdout.startswith(f"another server (pid {os.getpid()}) has the run directory mine;")
 
 
 def test_a_directory_is_free_again_when_its_server_has_closed_it() -> None:
@@ -154,24 +176,121 @@ def test_a_directory_is_free_again_when_its_server_has_closed_it() -> None:
         pass
 
 
-@contextlib.contextmanager
-def with_a_run() -> Iterator[Path]:
+# ------------------------------------------------------------- a run that is there
+
+
+def test_a_run_that_is_there_is_found_with_its_id() -> None:
     with opened(Path("mine")) as run:
-        run.write_run({})
-    yield run.path
+        run.write_record(record())
+
+    assert RunDir.holds_run(Path("mine"))
+    with opened(Path("mine")) as again:
+        assert again.record == record()
+        assert again.run_id == record().run_id
 
 
-def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_is() -> None:
-    with with_a_run() as path:
-        before = (path / "run.json").read_bytes()
+def test_an_empty_directory_holds_no_run() -> None:
+    with opened(Path("mine")) as run:
+        assert run.record is None
+    assert not RunDir.holds_run(Path("mine"))
+    assert not RunDir.holds_run(None)
 
-        message = refusal(path)
 
-        assert message == (
-            "mine holds a run already, and this version cannot continue one; name another with "
-            "--run-dir"
-        )
-        assert (path / "run.json").read_bytes() == before
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"run_id": "x"}', "null"])
+def test_a_run_json_that_was_damaged_is_refused_and_left_as_it_is(text: str) -> None:
+    Path("mine").mkdir()
+    Path("mine/run.json").write_text(text)
+
+    message = refusal(Path("mine"))
+
+    assert message.startswith("mine/run.json was damaged (")
+    assert "restore it from a copy" in message
+    assert Path("mine/run.json").read_text() == text
+
+
+def test_a_run_of_a_later_headwater_is_refused() -> None:
+    Path("mine").mkdir()
+    Path("mine/run.json").write_text(json.dumps({"format": FORMAT + 1, "what": "ever"}))
+
+    assert refusal(Path("mine")) == (
+        f"mine/run.json has format {FORMAT + 1}, and this version of Headwater reads up to "
+        f"{FORMAT}; continue the run with the version that began it, or a later one"
+    )
+
+
+def test_the_next_incarnation_counts_on() -> None:
+    new = record(run_id="another", epochs=20, asked={})
+
+    assert record(incarnation=7).continued_as(new, "mine") == dataclasses.replace(
+        new, run_id=record().run_id, incarnation=8
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"task": "cifar"}, "task: mnist in the directory, cifar now"),
+        ({"options": {}}, "task options: width=64 in the directory, none now"),
+        ({"layout": "f" * 16}, "tensors: 0123456789ab in the directory, ffffffffffff now"),
+        ({"example_count": 60000}, "examples: 4000 in the directory, 60000 now"),
+        ({"batch_size": 64}, "batch size: 32 in the directory, 64 now"),
+        ({"seed": 1}, "seed: 0 in the directory, 1 now"),
+        ({"shuffle": False}, "shuffle: True in the directory, False now"),
+        ({"remainder": "drop"}, "remainder: keep in the directory, drop now"),
+        ({"order_version": 2}, "version of the batch order: 1 in the directory, 2 now"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_would_be_another_run_is_refused_and_named(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=f"mine holds another run.*{re.escape(said)}"):
+        record().continued_as(record(**change), "mine")
+
+
+def test_what_was_asked_for_goes_on_to_hold_unless_asked_anew() -> None:
+    before = record(asked={"epochs": 10, "batch_size": None, "optimizer": "sgd(0.1)", "seed": 3})
+
+    settings = before.settings(ServerConfig(epochs=20))
+
+    assert (settings.epochs, settings.batch_size) == (20, None)
+    assert (settings.optimizer, settings.seed) == ("sgd(0.1)", 3)
+
+
+# ------------------------------------------------------------- a server that is ending
+
+
+def test_a_directory_whose_server_is_ending_is_waited_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = RunDir(Path("mine"), "mnist")
+    first.ends_within(20)
+    threading.Timer(0.5, first.close).start()
+
+    with caplog.at_level(logging.INFO, "headwater.server"), opened(Path("mine")):
+        pass
+
+    assert caplog.messages == [
+        f"waiting up to 25 s for the server (pid {os.getpid()}) that is ending in mine"
+    ]
+
+
+def test_a_server_that_does_not_end_in_time_is_waited_for_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("headwater.server.run_dir.LOCK_EXTRA_S", 0.2)
+    with opened(Path("mine")) as first:
+        first.ends_within(0.1)
+
+        assert "has not ended within 0 s; end it" in refusal(Path("mine"))
+
+
+def test_the_wait_is_for_the_server_that_is_ending_and_not_for_its_successor() -> None:
+    with opened(Path("mine")) as first:
+        first.ends_within(20)
+    with opened(Path("mine")):
+        assert "another server" in refusal(Path("mine"))
+
+
+# ------------------------------------------------------------- what cannot be used
 
 
 @pytest.mark.parametrize("what", ["", "lock", "metrics.jsonl"])
@@ -184,7 +303,7 @@ def test_a_directory_that_cannot_be_written_is_refused_with_the_reason(what: str
         reason = "File exists"
 
     assert refusal(Path("mine")) == (
-        f"the run directory mine cannot be written: {reason}; name another with --run-dir"
+        f"the run directory mine cannot be used: {reason}; name another with --run-dir"
     )
 
 
@@ -194,39 +313,54 @@ def test_a_directory_without_leave_to_write_is_refused() -> None:
     assert "Permission denied" in refusal(Path("mine"))
 
 
-def test_a_refused_directory_is_not_kept_open() -> None:
-    with with_a_run() as path:
-        with pytest.raises(UsageError) as error:
-            RunDir(path, "mnist")
-
-        assert close_left_open(error) == []
-
-
 # ------------------------------------------------------------- what is written
 
 
 def test_run_json_says_what_the_run_is() -> None:
     with opened(Path("mine")) as run:
-        run.write_run({"incarnation": 1, "task": "mnist", "settings": {"epochs": 3}})
+        run.write_record(record())
 
         text = Path("mine/run.json").read_text()
-        assert json.loads(text) == {
-            "format": FORMAT,
-            "run_id": run.run_id,
-            "incarnation": 1,
-            "task": "mnist",
-            "settings": {"epochs": 3},
-        }
+        expected = {"format": FORMAT, **dataclasses.asdict(record())}
+        assert json.loads(text) == expected
         assert text.endswith("}\n")
 
 
 def test_run_json_is_replaced_whole() -> None:
     with opened(Path("mine")) as run:
-        run.write_run({"incarnation": 1})
-        run.write_run({"incarnation": 2})
+        run.write_record(record(incarnation=1))
+        run.write_record(record(incarnation=2))
 
         assert json.loads(Path("mine/run.json").read_text())["incarnation"] == 2
         assert {path.name for path in run.path.iterdir()} == {"lock", "metrics.jsonl", "run.json"}
+
+
+def test_metrics_of_a_history_that_did_not_survive_are_cut() -> None:
+    with opened(Path("mine")) as run:
+        run.log_metrics("evaluation", {"version": 5, "metrics": {"accuracy": 0.5}})
+        run.log_metrics("progress", {"version": 7})
+        run.log_metrics("evaluation", {"version": 10, "metrics": {"accuracy": 0.9}})
+        run.log_metrics("progress", {"version": 10})
+    with Path("mine/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "progress", "versi')  # as a crash leaves it
+
+    with opened(Path("mine")) as again:
+        newest = again.cut_metrics(7)
+        again.log_metrics("progress", {"version": 8})
+
+        lines = [json.loads(line) for line in Path("mine/metrics.jsonl").read_text().splitlines()]
+    assert [line["version"] for line in lines] == [5, 7, 8]
+    assert newest is not None
+    assert newest["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_last_line_without_its_end_is_mended() -> None:
+    with opened(Path("mine")) as run:
+        Path("mine/metrics.jsonl").write_text('{"kind": "progress", "version": 1}')
+        assert run.cut_metrics(9) is None
+        run.log_metrics("progress", {"version": 2})
+
+    assert len(Path("mine/metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_weights_are_a_safetensors_file() -> None:

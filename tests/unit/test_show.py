@@ -56,6 +56,8 @@ def reply(**fields: Any) -> pb.StatusReply:
         "run_dir": "runs/mnist-1",
         "consistency": "bounded:3",
         "optimizer": "adam(1e-3)",
+        "durability": "snapshot",
+        "snapshot_every": "30 s",
     }
     return pb.StatusReply(**defaults | fields)
 
@@ -73,6 +75,8 @@ def fresh() -> pb.StatusReply:
         run_dir="runs/mnist-1",
         consistency="async",
         optimizer="adam(1e-3)",
+        durability="log",
+        snapshot_every="500 updates",
     )
 
 
@@ -97,7 +101,8 @@ def test_a_run_in_training_fills_one_screen() -> None:
         """\
         run         mnist 20270101-120000-abcd, incarnation 2
         state       training
-        version     14,070, durable 14,000
+        version     14,070
+        durable     14,000 (a snapshot every 30 s)
         epoch       3/10
         batches     14,070 of 20,000 applied
         training    loss 0.3125  accuracy 0.9131
@@ -118,6 +123,7 @@ def test_a_server_that_waits_for_its_first_worker_leaves_out_what_is_not_known()
         run         mnist 20270101-120000-abcd, incarnation 1
         state       waiting
         version     0
+        durable     0 (every update, before it is acknowledged)
         epoch       1/10
         batches     0 of 20,000 applied
         speed       0.0 updates/s, 0 examples/s

@@ -15,7 +15,7 @@ import pytest
 
 from headwater.server.optimizer import AbstractOptimizer, OptaxOptimizer
 from headwater.server.ranges import Ranges
-from headwater.server.store import NotFinite, Published, Store
+from headwater.server.store import NotFinite, Published, Store, initial
 from headwater.worker.tree import ParameterTree
 
 
@@ -63,7 +63,8 @@ class Still(AbstractOptimizer):
 def store_of(params: Any, optimizer: optax.GradientTransformation | AbstractOptimizer) -> Store:
     if not isinstance(optimizer, AbstractOptimizer):
         optimizer = OptaxOptimizer(optimizer, "the test's")
-    return Store(ParameterTree(params), params, optimizer, incarnation=3)
+    tree = ParameterTree(params)
+    return Store(tree, optimizer, initial(tree, params, optimizer, incarnation=3))
 
 
 def buffer_of(store: Store, grads: Any) -> np.ndarray:

@@ -13,8 +13,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from headwater.protos.files import replace_file
 from headwater.protos.layout import DTYPES
-from headwater.protos.weights_file import replace_file, save_weights
+from headwater.protos.weights_file import save_weights
 
 ALL_BITS = np.arange(256, dtype=np.uint8)
 
@@ -107,14 +108,16 @@ def test_arrays_that_are_not_contiguous_are_written_row_by_row(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o000])
-def test_everyone_may_read_the_file_and_only_its_owner_write_it(umask: int, tmp_path: Path) -> None:
+def test_only_its_owner_may_write_the_file_and_the_umask_says_who_reads(
+    umask: int, tmp_path: Path
+) -> None:
     before = os.umask(umask)
     try:
         save_weights(tmp_path / "w.safetensors", {"w": np.ones(2)}, {})
     finally:
         os.umask(before)
 
-    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == 0o644
+    assert stat.S_IMODE((tmp_path / "w.safetensors").stat().st_mode) == 0o644 & ~umask
 
 
 def test_a_file_that_was_there_is_replaced(tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def test_a_file_that_was_there_is_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr
 )
-@pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "write", "replace"])
 def test_an_error_while_writing_leaves_the_folder_as_it_was(
     call: str, error: BaseException, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,7 +178,7 @@ def test_the_bytes_are_on_disk_before_the_name_and_the_name_before_the_return(
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    replace_file(path, b"abc")
+    replace_file(path, [b"a", b"bc"])
 
     assert done == ["fsync file of 3 bytes", "rename to w", "fsync folder"]
     assert path.read_bytes() == b"abc"

@@ -1,0 +1,131 @@
+"""From a run directory back to the state of the server that is gone.
+
+The newest whole snapshot, then, where there is a log, every update since: each
+with the same compiled function that made it, so that on the same machine and
+software the weights are the same bits. Where they are not, that is said, and
+training goes on from what came out: every batch still counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from headwater.protos.errors import UsageError
+from headwater.protos.snapshot_file import Snapshot
+from headwater.server.journal import weights_crc
+from headwater.server.log_records import Kind, Record
+from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.snapshots import restored
+from headwater.server.store import Store
+from headwater.server.update_log import Recovery
+from headwater.worker.tree import ParameterTree
+
+log = logging.getLogger("headwater.server")
+
+SAY_S = 5.0
+"""Between lines while a long log is read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovered:
+    """What was found."""
+
+    store: Store
+    snapshot_version: int
+    replayed: int
+    """Updates and left-out batches taken from the log."""
+    sequence: int
+    """Of the log's last record; 0 where there is none."""
+    warnings: tuple[str, ...]
+
+
+def recover(
+    snapshot: Snapshot,
+    recovery: Recovery,
+    tree: ParameterTree,
+    optimizer: AbstractOptimizer,
+    *,
+    incarnation: int,
+    software: Mapping[str, str],
+) -> Recovered:
+    """The store as it was.
+
+    Args:
+      snapshot: The newest whole one.
+      recovery: Of the log beside it.
+      tree: Of the task's parameters.
+      optimizer: Of this incarnation.
+      incarnation: This one.
+      software: Library to version, now.
+
+    Raises:
+      UsageError: The files are of another task or optimizer, or the log is damaged.
+      NotFinite: The snapshot's weights are not finite.
+    """
+    began = said = time.monotonic()
+    store = Store(tree, optimizer, restored(snapshot, tree, optimizer, incarnation))
+    warnings = _changes(snapshot.facts.software, software)
+    replayed, same_bits = 0, True
+    for record in recovery:
+        if not _is_new(record, store):
+            continue
+        if same_bits and record.kind is Kind.UPDATE:
+            same_bits = weights_crc(store.current) == record.weights_crc
+            if not same_bits:
+                warnings.append(
+                    f"the log's updates up to version {store.current.version} gave other bits than "
+                    "before the crash (another machine, or other software); training goes on "
+                    "from what they gave now"
+                )
+        _replay(record, store)
+        replayed += 1
+        if time.monotonic() - said > SAY_S:
+            said = time.monotonic()
+            log.info("replaying the log: version %d", store.current.version)
+    if replayed:
+        log.info(
+            "replayed %d records of the log in %.1f s, from version %d to %d",
+            replayed, time.monotonic() - began, snapshot.facts.version, store.current.version,
+        )  # fmt: skip
+    return Recovered(store, snapshot.facts.version, replayed, recovery.sequence, tuple(warnings))
+
+
+def _is_new(record: Record, store: Store) -> bool:
+    """Whether the state lacks a record; raises where records before it are missing."""
+    current = store.current
+    if record.position in current.applied:
+        return False
+    expected = current.version + (record.kind is Kind.UPDATE)
+    if record.version != expected:
+        raise UsageError(
+            f"the log goes on with version {record.version}, and the state is at "
+            f"{current.version}: updates are missing. Restore the run directory from a copy"
+        )
+    return True
+
+
+def _replay(record: Record, store: Store) -> None:
+    if record.kind is Kind.LEFT_OUT:
+        store.leave_out(record.position)
+        return
+    gradient: Any = np.frombuffer(record.gradient, np.uint8)
+    if gradient.ctypes.data % 64:  # the tensors in it have to be aligned
+        aligned = store.layout.empty()
+        aligned[:] = gradient
+        gradient = aligned
+    store.move(gradient, record.loss, record.position)
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    changed = [
+        f"{name} was {before[name]} and is {now[name]}"
+        for name in sorted(before.keys() & now.keys())
+        if before[name] != now[name]
+    ]
+    return [f"software changed since the last snapshot: {'; '.join(changed)}"] if changed else []

@@ -1,0 +1,136 @@
+"""run.json: what a run is, so that it is continued as itself or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from headwater import __version__
+from headwater.protos.errors import UsageError
+from headwater.protos.layout import Layout
+from headwater.server.config import ServerConfig
+from headwater.server.order import ORDER_VERSION, BatchOrder
+from headwater.worker.load import LoadedTask
+
+FORMAT = 1
+"""Of the run directory as a whole."""
+
+_ASKED = ("epochs", "batch_size", "optimizer", "seed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The contents of run.json."""
+
+    run_id: str
+    incarnation: int
+    """Of the server that wrote it, which it did before it served."""
+    task: str
+    options: Mapping[str, str]
+    layout: str
+    """The layout's fingerprint."""
+    example_count: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    remainder: str
+    order_version: int
+    epochs: int
+    optimizer: str
+    asked: Mapping[str, Any]
+    """The options of `headwater server` that override the task's values; they go on to hold."""
+    headwater: str = __version__
+
+    @classmethod
+    def of(
+        cls,
+        run_id: str,
+        loaded: LoadedTask,
+        layout: Layout,
+        order: BatchOrder,
+        optimizer: str,
+        config: ServerConfig,
+    ) -> RunRecord:
+        """What the first incarnation of a run writes."""
+        return cls(
+            run_id=run_id,
+            incarnation=1,
+            task=loaded.name,
+            options=dict(loaded.options),
+            layout=layout.fingerprint,
+            example_count=order.example_count,
+            batch_size=order.batch_size,
+            seed=order.seed,
+            shuffle=order.shuffle,
+            remainder=order.remainder,
+            order_version=ORDER_VERSION,
+            epochs=order.epochs,
+            optimizer=optimizer,
+            asked={name: getattr(config, name) for name in _ASKED},
+        )
+
+    @classmethod
+    def parse(cls, text: str, place: str) -> RunRecord:
+        """Read run.json.
+
+        Raises:
+          UsageError: It is damaged, or a later Headwater wrote it.
+        """
+        try:
+            values = json.loads(text)
+            written = values.pop("format")
+            if written > FORMAT:
+                raise UsageError(
+                    f"{place} has format {written}, and this version of Headwater reads up to "
+                    f"{FORMAT}; continue the run with the version that began it, or a later one"
+                )
+            return cls(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"{place} was damaged ({error}); restore it from a copy, or start anew in another "
+                "directory"
+            ) from None
+
+    def text(self) -> str:
+        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    def settings(self, config: ServerConfig) -> ServerConfig:
+        """`config`, with what was asked for earlier where it does not ask."""
+        missing: dict[str, Any] = {
+            name: self.asked.get(name) for name in _ASKED if getattr(config, name) is None
+        }
+        return dataclasses.replace(config, **missing)
+
+    def continued_as(self, new: RunRecord, place: str) -> RunRecord:
+        """The record of the next incarnation, which wants to go on as `new`.
+
+        Raises:
+          UsageError: That would be another run; says what differs.
+        """
+        changed = [
+            f"{what}: {here} in the directory, {there} now"
+            for what, here, there in (
+                ("task", self.task, new.task),
+                ("task options", _options(self.options), _options(new.options)),
+                ("tensors", self.layout[:12], new.layout[:12]),
+                ("examples", self.example_count, new.example_count),
+                ("batch size", self.batch_size, new.batch_size),
+                ("seed", self.seed, new.seed),
+                ("shuffle", self.shuffle, new.shuffle),
+                ("remainder", self.remainder, new.remainder),
+                ("version of the batch order", self.order_version, new.order_version),
+            )
+            if here != there
+        ]
+        if changed:
+            raise UsageError(
+                f"{place} holds another run than the one that would continue it ("
+                f"{'; '.join(changed)}); start it as it was, or name another --run-dir"
+            )
+        return dataclasses.replace(new, run_id=self.run_id, incarnation=self.incarnation + 1)
+
+
+def _options(options: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(options.items())) or "none"

@@ -1,0 +1,95 @@
+"""Makes versions durable in the background, and keeps `durable_version` true.
+
+Works from a published version, which nothing changes any more, in a thread; so
+pushes go on meanwhile, however slow the disk is. What goes wrong is shown in
+status until it has gone right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from headwater.server.coordinator import Coordinator
+from headwater.server.prepare import Prepared
+from headwater.server.store import Published
+
+log = logging.getLogger("headwater.server")
+
+LOOK_S = 0.1
+RETRY_S = 2.0
+"""Seconds from a failure to the next attempt."""
+
+MAX_LOG_BYTES = 4 << 30
+MAX_REPLAY_S = 5.0
+"""Of log to read, and of updates to make again, after which a snapshot is due at once."""
+
+
+class Saver:
+    """Snapshots of one run."""
+
+    def __init__(self, run: Coordinator, prepared: Prepared) -> None:
+        self._run = run
+        self._prepared = prepared
+        self._lock = asyncio.Lock()
+        self._saved: Published | None = None
+        self._saved_version = prepared.snapshot_version
+        self._began_time = run.clock()
+        self._failed_time: float | None = None
+        if run.current.version == prepared.snapshot_version:
+            self._saved = run.current
+
+    async def save_when_due(self) -> None:
+        """Runs for as long as the server trains."""
+        while True:
+            if self._is_due():
+                await self.save(self._run.current)
+            await asyncio.sleep(LOOK_S)
+
+    async def save(self, published: Published) -> str | None:
+        """Make a version durable; returns what was wrong, if anything."""
+        async with self._lock:
+            if published is self._saved:
+                return None
+            self._began_time = self._run.clock()
+            try:
+                await asyncio.to_thread(self._prepared.save, published)
+            except OSError as error:
+                problem = (
+                    f"version {published.version} could not be written to "
+                    f"{self._prepared.run_dir.path}: {error.strerror or error}; what has come "
+                    f"since version {self._run.durable_version} would be lost in a crash"
+                )
+                self._failed_time = self._run.clock()
+                if "snapshot" not in self._run.problems:
+                    log.error("%s; trying again", problem)
+                self._run.problems["snapshot"] = problem
+                return problem
+            self._saved, self._saved_version = published, published.version
+            self._failed_time = None
+            if self._run.problems.pop("snapshot", None):
+                log.info("version %d was written; the disk is well again", published.version)
+            self._run.durable(published.version)
+            if self._prepared.log is not None:
+                versions = self._prepared.snapshots.versions()
+                # One more than the newest, should that turn out to be damaged.
+                self._prepared.log.snapshot_written(versions[-2] if versions[1:] else versions[-1])
+            return None
+
+    def _is_due(self) -> bool:
+        run, now = self._run, self._run.clock()
+        if run.current is self._saved or run.log_broken:
+            return False
+        if self._failed_time is not None:
+            return now - self._failed_time >= RETRY_S
+        interval = self._prepared.config.snapshot_interval
+        updates = run.current.version - self._saved_version
+        if interval.updates is not None and updates >= interval.updates:
+            return True
+        if interval.seconds is not None and now - self._began_time >= interval.seconds:
+            return True
+        update_log = self._prepared.log
+        return update_log is not None and (
+            update_log.size_bytes > MAX_LOG_BYTES
+            or updates * run.applier.mean_update_s > MAX_REPLAY_S
+        )

@@ -1,0 +1,146 @@
+"""Disks to fear: full, broken, slow, and forgetful of what was not fsynced.
+
+In a test's own process:    files.DISK = FaultyDisk(control)
+In a server's:              headwater server --task tests/kit/counting.py --task-option faults=FILE
+
+The control file is read at each operation, so a test can make room on a disk,
+or break it, while the server runs. It is JSON, a list of rules; the first that
+fits an operation holds:
+
+    {"operation": "write", "files": "updates-*", "error": "ENOSPC"}
+    {"operation": "sync", "files": "*", "delay_s": 2.0}
+    {"operation": "write", "files": "*", "short": true}       writes half of what it gets
+    {"operation": "write", "files": "*", "error": "ENOSPC", "room": 500}   after 500 bytes
+
+Operations are the methods of `Disk`; temporary names count as those they stand for.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from headwater.protos.files import Buffer, Disk
+
+
+class FaultyDisk(Disk):
+    """Fails as the control file says."""
+
+    def __init__(self, control: Path) -> None:
+        self.control = control
+        self.failed: Counter[str] = Counter()
+        """Operations that failed, by name."""
+        self._names: dict[int, str] = {}
+        self._room_taken = 0
+
+    def create(self, path: Path) -> int:
+        self._check("create", path.name)
+        file = super().create(path)
+        self._names[file] = path.name
+        return file
+
+    def write(self, file: int, data: Buffer) -> int:
+        rule = self._check("write", self._names.get(file, ""))
+        if rule.get("short") and len(data) > 1:
+            data = memoryview(data)[: len(data) // 2]
+        if "room" in rule:
+            data = memoryview(data)[: rule["room"] - self._room_taken]
+            self._room_taken += len(data)
+            if not data:
+                self._room_taken = 0
+                self._fail("write", rule["error"])
+        return super().write(file, data)
+
+    def truncate(self, file: int, size: int) -> None:
+        self._check("truncate", self._names.get(file, ""))
+        super().truncate(file, size)
+
+    def sync(self, file: int) -> None:
+        self._check("sync", self._names.get(file, ""))
+        super().sync(file)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._check("rename", new.name)
+        super().rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        self._check("remove", path.name)
+        super().remove(path)
+
+    def sync_folder(self, path: Path) -> None:
+        self._check("sync_folder", path.name)
+        super().sync_folder(path)
+
+    def _check(self, operation: str, name: str) -> dict[str, Any]:
+        for rule in self._rules():
+            bare = name.lstrip(".")  # .snapshot-7.safetensors-1a2b3c4d
+            if rule["operation"] == operation and fnmatch.fnmatch(bare, rule.get("files", "*")):
+                time.sleep(rule.get("delay_s", 0.0))
+                if "error" in rule and "room" not in rule:
+                    self._fail(operation, rule["error"])
+                return rule
+        return {}
+
+    def _fail(self, operation: str, error: str) -> None:
+        self.failed[operation] += 1
+        raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+
+    def _rules(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads(self.control.read_text())
+        except FileNotFoundError:
+            return []
+
+
+def set_faults(control: Path, *rules: dict[str, Any]) -> None:
+    """What the disk does from now on; without rules it is well."""
+    temporary = control.with_suffix(".new")
+    temporary.write_text(json.dumps(rules))
+    temporary.replace(control)
+
+
+class ForgetfulDisk(Disk):
+    """Keeps, in a folder of its own, what a loss of power would leave of another.
+
+    A file's bytes count from its fsync on, its name from the fsync of its folder.
+
+    Args:
+      shadow: Where it is kept; `power_loss` puts it back.
+    """
+
+    def __init__(self, shadow: Path) -> None:
+        self._shadow = shadow
+        shadow.mkdir(exist_ok=True)
+
+    def sync(self, file: int) -> None:
+        super().sync(file)
+        kept = self._shadow / f"inode-{os.fstat(file).st_ino}"
+        have = kept.stat().st_size if kept.exists() else 0
+        size = os.fstat(file).st_size
+        with Path(f"/proc/self/fd/{file}").open("rb") as source, kept.open("ab") as target:
+            source.seek(have)
+            target.write(source.read(size - have))
+
+    def sync_folder(self, path: Path) -> None:
+        names = {p.name: p.stat().st_ino for p in path.iterdir() if p.is_file()}
+        new = self._shadow / "names.new"
+        new.write_text(json.dumps(names))
+        new.replace(self._shadow / "names.json")
+
+
+def power_loss(folder: Path, shadow: Path) -> None:
+    """Leave in `folder` what had been fsynced. Its processes must have been killed."""
+    names = json.loads((shadow / "names.json").read_text())
+    for path in folder.iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    for name, inode in names.items():
+        kept = shadow / f"inode-{inode}"
+        (folder / name).write_bytes(kept.read_bytes() if kept.exists() else b"")
+    shutil.rmtree(shadow)
