@@ -7,6 +7,7 @@ applied twice or lost shows in the one cell, whatever was killed in between.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ import optax
 
 from headwater import ArrayData, Task
 from headwater.protos import files
-from kit.disk import FaultyDisk, ForgetfulDisk
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
@@ -49,10 +49,8 @@ def task(
       faults: The control file of a FaultyDisk, for the process that loads this.
       shadow: The folder of a ForgetfulDisk, likewise.
     """
-    if faults:
-        files.DISK = FaultyDisk(Path(faults))
-    elif shadow:
-        files.DISK = ForgetfulDisk(Path(shadow))
+    if faults or shadow:
+        _put_in_a_bad_disk(faults, shadow)
 
     def pause(seconds: float) -> None:
         if not slow_while or Path(slow_while).exists():
@@ -90,6 +88,14 @@ def task(
         batch_size=batch_size,
         epochs=epochs,
     )
+
+
+def _put_in_a_bad_disk(faults: str, shadow: str) -> None:
+    # A server has only this file's folder on its path.
+    sys.path.append(str(Path(__file__).parents[1]))
+    from kit.disk import FaultyDisk, ForgetfulDisk
+
+    files.DISK = FaultyDisk(Path(faults)) if faults else ForgetfulDisk(Path(shadow))
 
 
 def options(**values: object) -> list[str]:

@@ -1,0 +1,81 @@
+"""The server is killed, at any moment and at every named place, and the run goes on."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+
+import pytest
+
+from headwater.client.client import Client
+from headwater.server import failpoints
+from kit import counting
+from kit.lives import Lives, Witness, steady_workers
+
+LEVELS = ["snapshot", "log"]
+
+TASK = {"examples": 1024, "epochs": 4, "batch_size": 4}
+
+LOG_ONLY = {"log-appended", "log-synced"}
+
+
+def options(level: str) -> list[str]:
+    return ["--durability", level, "--snapshot-every", "40"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_run_outlasts_a_server_killed_at_random_moments(level, tmp_path, kills=6):
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")  # shown on failure
+    rng = random.Random(seed)  # noqa: S311  (moments, not secrets)
+    with Lives(tmp_path, counting.options(**TASK), options(level)) as lives:
+        lives.start()
+        with (
+            Witness(
+                lives.address, TASK["batch_size"], acknowledged_is_durable=level == "log"
+            ) as witness,
+            steady_workers(lives.address, witness, 2, 0.005, **TASK) as workers,
+        ):
+            for _ in range(kills):
+                time.sleep(rng.uniform(0.0, 0.8))
+                lives.kill()
+                lives.start()
+            assert lives.status()["state"] != "finished", "the kills must hit while it goes on"
+            lives.finished()
+            for worker in workers:
+                worker.wait_bye()
+        with Client(lives.address) as client:
+            status = counting.assert_exactly_once(client)
+        assert status["incarnation"] == kills + 1
+        assert witness.pulls
+        assert "Traceback" not in lives.errors
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_run_outlasts_a_crash_at_every_place(level, tmp_path):
+    """One run, killed at each failpoint in turn; those of the end come at its end."""
+    places = [p for p in failpoints.NAMES if level == "log" or p not in LOG_ONLY]
+    with Lives(tmp_path, counting.options(**TASK), options(level)) as lives:
+        lives.start()
+        with (
+            Witness(
+                lives.address, TASK["batch_size"], acknowledged_is_durable=level == "log"
+            ) as witness,
+            steady_workers(lives.address, witness, 2, **TASK) as workers,
+        ):
+            lives.kill()
+            for place in places:
+                count = 1 if place.startswith(("end", "inc", "snapshot")) else 25
+                extra = ["--exit-when-done"] if place == "end-evaluated" else []
+                lives.start(*extra, wait=False, HEADWATER_FAILPOINTS=f"{place}={count}")
+                lives.wait_killed()
+            lives.start()
+            lives.finished()
+            for worker in workers:
+                worker.wait_bye()
+        with Client(lives.address) as client:
+            status = counting.assert_exactly_once(client)
+        assert status["incarnation"] > len(places)
+        assert "Traceback" not in lives.errors
