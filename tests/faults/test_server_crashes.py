@@ -24,18 +24,21 @@ def options(level: str) -> list[str]:
     return ["--durability", level, "--snapshot-every", "40"]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_run_outlasts_a_server_killed_at_random_moments(level, tmp_path, kills=6):
+@pytest.mark.parametrize("kills", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_run_outlasts_a_server_killed_at_random_moments(kills, level, tmp_path):
     seed = secrets.randbits(32)
     print(f"seed {seed}")  # shown on failure
     rng = random.Random(seed)  # noqa: S311  (moments, not secrets)
-    with Lives(tmp_path, counting.options(**TASK), options(level)) as lives:
+    task = TASK | {"epochs": TASK["epochs"] * kills // 6}
+    with Lives(tmp_path, counting.options(**task), options(level)) as lives:
         lives.start()
         with (
             Witness(
-                lives.address, TASK["batch_size"], acknowledged_is_durable=level == "log"
+                lives.address, task["batch_size"], acknowledged_is_durable=level == "log"
             ) as witness,
-            steady_workers(lives.address, witness, 2, 0.005, **TASK) as workers,
+            steady_workers(lives.address, witness, 2, 0.005, **task) as workers,
         ):
             for _ in range(kills):
                 time.sleep(rng.uniform(0.0, 0.8))
