@@ -981,7 +981,7 @@ COMMANDS = [
 def test_help_lists_every_command(tmp_path: Path) -> None:
     helped = run("--help", cwd=tmp_path)
     assert (helped.status, helped.errors) == (0, "")
-    assert set(re.findall(r"^  ([a-z-]+)  ", helped.output, re.MULTILINE)) == set(COMMANDS)
+    assert set(re.findall(r"^  ([a-z][a-z-]*)  ", helped.output, re.MULTILINE)) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
