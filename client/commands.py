@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ from headwater.protos import plain_json
 from headwater.protos.command import ServerAddress, new_app
 from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS
+
+log = logging.getLogger("headwater.client")
+
+ASK_S = 0.25
+"""Seconds between `watch`'s questions."""
 
 GONE_S = 60.0
 """Seconds without an answer after which `watch` gives a server up."""
@@ -150,7 +156,7 @@ def watch(
         if as_json:
             for found in looks:
                 _print_json(found, indent=None)
-        elif console.is_terminal:
+        elif console.is_terminal and not console.is_dumb_terminal:
             with Live(console=console, auto_refresh=False) as live:
                 for found in looks:
                     table = show.workers_table(found["workers"])
@@ -161,26 +167,34 @@ def watch(
 
 
 def _looks(client: Client, interval_s: float) -> Iterator[Status]:
-    """The status, again and again until the run is over.
+    """The status, once an interval until the run is over.
+
+    Asks more often than that, for a server that ends waits only for those who
+    asked a moment ago (ending in server/serve.py).
 
     Raises:
       Unreachable: At the first look, or when the server is gone for a minute.
     """
     found = client.status()
-    heard = time.monotonic()
+    heard, gone = time.monotonic(), False
     while True:
         yield found
         if found["state"] in OVER:
             return
-        time.sleep(interval_s)
-        try:
-            found = client.status()
-            heard = time.monotonic()
-        except Unreachable:
-            if found["batches_applied"] == found["batches_total"]:
-                return  # it had just finished
-            if time.monotonic() - heard > GONE_S:
-                raise
+        next_look = time.monotonic() + interval_s
+        while time.monotonic() < next_look or gone:
+            time.sleep(min(ASK_S, interval_s))
+            try:
+                found, gone = client.status(), False
+                heard = time.monotonic()
+                if found["state"] in OVER:
+                    break
+            except Unreachable as error:
+                if not gone:
+                    log.warning("%s; waiting for it, %.0f s at most", error, GONE_S)
+                gone = True
+                if time.monotonic() - heard > GONE_S:
+                    raise
 
 
 @app.command()

@@ -6,6 +6,7 @@ Quick, because it imports neither JAX nor, until it must, NumPy.
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 
@@ -35,6 +36,7 @@ def hand_over(command: str, arguments: list[str]) -> None:
 
 def main() -> None:
     """The `headwater` command."""
+    _open_standard_streams()
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
         hand_over(sys.argv[1], sys.argv[2:])
         return
@@ -44,6 +46,15 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     command.run(commands.app, "headwater")
+
+
+def _open_standard_streams() -> None:
+    """Have 0, 1 and 2 be open, or the next pipe would get their numbers and be lost on the way."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import TracebackType
 
@@ -13,14 +14,24 @@ from rich.text import Text
 from headwater.client import show
 from headwater.client.status import Status
 
+log = logging.getLogger("headwater.client")
+
 LINE_S = 10.0
 """Between lines where there is no terminal; a new epoch gets one at once."""
+
+
+class _Console(Console):
+    """Falls silent when nobody reads any more, rather than end the training that it shows."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class Display:
     """Use as a context; `show` as often as there is something new."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or _Console()
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -32,7 +43,7 @@ class Display:
         self._task = self._bar.add_task("", total=None)
         self._live = (
             Live(console=console, refresh_per_second=8, transient=True)
-            if console.is_terminal
+            if console.is_terminal and not console.is_dumb_terminal
             else None
         )
         self._said_epoch = -1
@@ -54,7 +65,11 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(Text(text), soft_wrap=True)
+        try:
+            self._console.print(Text(text), soft_wrap=True)
+        except OSError as error:
+            self._console.quiet = True
+            log.warning("progress cannot be shown any more: %s", error.strerror)
 
     def wait_for(self, what: str) -> None:
         """Say what is being waited for, before there is a status."""

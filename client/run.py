@@ -20,8 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
-
 from headwater.client import show
 from headwater.client.client import Client
 from headwater.client.processes import (
@@ -33,7 +31,8 @@ from headwater.client.processes import (
     wait_all,
 )
 from headwater.client.progress import Display
-from headwater.protos.errors import HeadwaterError, RunFailed
+from headwater.protos.command import RUN_ID_ENV, new_run_id
+from headwater.protos.errors import HeadwaterError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
 
 POLL_S = 0.25
@@ -77,7 +76,7 @@ class Training:
         self._children: list[Child] = []
         self._run_dir: Path | None = None
         self._said: set[str] = set()
-        self._display = Display(Console())
+        self._display = Display()
         try:
             with _signals_raise(), self._display:
                 try:
@@ -86,9 +85,7 @@ class Training:
                     self._stop_in_order()
                     return 128 + stopped.number
         finally:
-            kill_all(self._children)
-            for child in self._children:
-                child.close()
+            self._end_children()
         _print_result(facts)
         return 0
 
@@ -96,27 +93,19 @@ class Training:
 
     def _train(self) -> Mapping[str, Any]:
         """Returns what the server said of itself, when the run is finished."""
-        listen, address = self._choose_address()
         share = self._share_of_machine()
-        server = self._start(
-            "server", "server",
-            [
-                "--listen", listen, "--exit-when-done", "--await-evaluation", "--grace", GRACE,
-                *self._pass_on_to_server(),
-            ],
-            environment=share, tells_ready=True,
-        )  # fmt: skip
-        workers = [
-            self._start(
-                f"worker-{number}", "worker",
-                ["--server", address, "--name", f"worker-{number}", *self._platform_option()],
-                environment=share,
-            )
-            for number in range(1, self.workers + 1)
-        ]  # fmt: skip
-        count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        self._display.wait_for(f"starting a server and {count} at {address}")
-        facts = self._wait_until_ready(server)
+        listen, address = self._choose_address()
+        self._start_all(listen, address, share)
+        facts = self._wait_until_ready(self._children[0])
+        if facts is None and self._lost_the_port(listen):
+            # Another run took it between our look and our server's start.
+            self._end_children()
+            listen, address = self._choose_address()
+            self._start_all(listen, address, share)
+            facts = self._wait_until_ready(self._children[0])
+        server, *workers = self._children
+        if facts is None:
+            raise _failure(server)
         self._run_dir = Path(facts["run_dir"])
         logs = self._run_dir / "logs"
         logs.mkdir(exist_ok=True)
@@ -124,11 +113,51 @@ class Training:
             child.log_to(logs / f"{child.name}.log")
         self._follow(server, workers, address, share, logs, evaluates=facts["evaluates"])
         if server.status != 0:
-            raise RunFailed(server.last_words())
+            raise _failure(server)
         wait_all(self._children, FOLLOW_TIMEOUT_S)
         return facts
 
-    def _wait_until_ready(self, server: Child) -> Mapping[str, Any]:
+    def _end_children(self) -> None:
+        kill_all(self._children)
+        for child in self._children:
+            child.close()
+        self._children.clear()
+
+    def _start_all(self, listen: str, address: str, share: Mapping[str, str]) -> None:
+        """The server, and the workers that join it and no other run's."""
+        environment = {**share, RUN_ID_ENV: self._run_id()}
+        self._start(
+            "server", "server",
+            [
+                "--listen", listen, "--exit-when-done", "--await-evaluation", "--grace", GRACE,
+                *self._pass_on_to_server(),
+            ],
+            environment=environment, tells_ready=True,
+        )  # fmt: skip
+        for number in range(1, self.workers + 1):
+            self._start(
+                f"worker-{number}", "worker",
+                ["--server", address, "--name", f"worker-{number}", *self._platform_option()],
+                environment=environment,
+            )  # fmt: skip
+        count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        self._display.wait_for(f"starting a server and {count} at {address}")
+
+    def _run_id(self) -> str:
+        """Of the run that the run directory holds, or a new one."""
+        folder = _option(self.server_options, "--run-dir")
+        try:
+            record = json.loads((Path(folder or "") / "run.json").read_text())
+            return str(record["run_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return new_run_id()  # the server says it if the directory is damaged
+
+    def _lost_the_port(self, listen: str) -> bool:
+        asked = _option(self.server_options, "--listen")
+        return asked is None and not is_free(*split_address(listen, "--listen"))
+
+    def _wait_until_ready(self, server: Child) -> Mapping[str, Any] | None:
+        """What the server says of itself once it serves; None when it ended instead."""
         facts: list[dict[str, Any] | None] = []
         # In a thread, so that a signal is acted on while it waits.
         waiting = threading.Thread(target=lambda: facts.append(server.ready()), daemon=True)
@@ -137,7 +166,7 @@ class Training:
             waiting.join(POLL_S)
         if not facts or facts[0] is None:
             server.process.wait()
-            raise _failure(server)
+            return None
         return facts[0]
 
     def _follow(
@@ -187,8 +216,10 @@ class Training:
         for child in workers:
             if child.status not in (None, 0) and child.name not in gone:
                 gone.add(child.name)
-                if len(gone) < len(workers):
+                if any(worker.status is None for worker in workers):
                     self._display.say(f"warning: {child.name} {_how(child)}; the others go on")
+                elif len(gone) < len(workers):
+                    self._display.say(f"warning: {child.name} {_how(child)}")
                 elif server.status is None:
                     failure = _failure(child)
                     self._stop_in_order()
@@ -317,13 +348,16 @@ def _print_result(facts: Mapping[str, Any]) -> None:
         print("finished; metrics.jsonl lacks its end: see logs/server.log", file=sys.stderr)
     else:
         print(
-            f"finished at version {end['version']:,} in {end['seconds']:.1f} s "
+            f"{end['state']} at version {end['version']:,} in {end['seconds']:.1f} s "
             f"({end['updates_per_second']:,.0f} updates/s)"
         )
+        if end["skipped"]:
+            print(f"left out    {end['skipped']:,} batches that gave nothing finite")
         if end["metrics"]:
             print(f"evaluation  {show.metrics(end['metrics'])}")
-        elif facts["evaluates"]:
-            print("the final version was not evaluated; see logs/evaluator.log", file=sys.stderr)
+        elif facts["evaluates"] and end["state"] == "finished":
+            log = run_dir / "logs" / "evaluator.log"
+            print(f"the final version was not evaluated; see {log}", file=sys.stderr)
     print(f"weights     {run_dir / 'weights.safetensors'}")
     print(f"metrics     {run_dir / 'metrics.jsonl'}")
 

@@ -11,8 +11,10 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NoReturn
 
@@ -31,6 +33,19 @@ ServerAddress = Annotated[
 
 LIFELINE_ENV = "HEADWATER_LIFELINE_FD"
 READY_ENV = "HEADWATER_READY_FD"
+RUN_ID_ENV = "HEADWATER_RUN_ID"
+"""The id that a new run gets, or the only one that a worker joins; `headwater run` sets it."""
+
+
+def new_run_id() -> str:
+    """When it began, and four hexadecimal digits against another of the same second."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def expected_run_id() -> str:
+    """The run that the process which started this one meant; "" where it did not say."""
+    return os.environ.pop(RUN_ID_ENV, "")
+
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -61,7 +76,9 @@ def _status_of(app: typer.Typer, prog: str) -> int:
     try:
         status = typer.main.get_command(app).main(prog_name=prog, standalone_mode=False)
     except typer.TyperException as error:
-        return _fail(prog, f"{error.format_message()} (see {prog} --help)", error.exit_code)
+        context = getattr(error, "ctx", None)
+        helped = context.command_path if context is not None else prog
+        return _fail(prog, f"{error.format_message()} (see {helped} --help)", error.exit_code)
     except HeadwaterError as error:
         return _fail(prog, str(error), error.exit_status)
     except OSError as error:

@@ -27,6 +27,7 @@ from headwater.server.evaluations import Evaluations
 from headwater.server.identity import RunIdentity
 from headwater.server.journal import Journal
 from headwater.server.ledger import Ledger
+from headwater.server.lookers import Lookers
 from headwater.server.metrics import RunFigures
 from headwater.server.order import BatchOrder
 from headwater.server.refusals import Refusals, Verdict
@@ -80,6 +81,7 @@ class Coordinator:
         """What the ending says of the run; None while it goes on."""
         self.figures = RunFigures()
         self.evaluations = Evaluations()
+        self.lookers = Lookers()
         self.problems: dict[str, str] = {}
         """What needs the user's attention, in sentences, by what it is about."""
         self.run_dir = run_dir

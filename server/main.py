@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shlex
@@ -148,6 +149,8 @@ def server(
     with guard_user_code(f"the task {loaded.name} raised"):
         prepared = prepare(loaded, config)
     ended, interrupted = asyncio.run(_serve(prepared, loaded, task))
+    for number in (signal.SIGINT, signal.SIGTERM):  # it is ending, and says how
+        signal.signal(number, signal.SIG_IGN)
     prepared.run_dir.close()
     folder = prepared.run_dir.path
     place = f"version {ended.version} is in {folder}"
@@ -183,15 +186,17 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
     serving, config = Serving(prepared), prepared.config
     received: list[int] = []
 
-    def on_signal(number: int) -> None:
+    def on_signal(number: int, _: object) -> None:
         if received:  # the second ends it at once
             os._exit(128 + number)
         received.append(number)
-        serving.stop()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(serving.stop)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
+        # Not the loop's own way, which is undone when the loop ends, before the process does.
+        signal.signal(number, on_signal)
 
     def on_ready(address: str) -> None:
         order, layout = prepared.order, prepared.store.layout

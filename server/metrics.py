@@ -103,16 +103,26 @@ class RunFigures:
         self.staleness = Histogram()
         self.updates = Rate()
         self.examples = Rate()
+        self.first_time: float | None = None
+        """When the first update of this life was counted; `last_time` likewise the last."""
+        self.last_time = 0.0
         self.lease_lost_count = 0
         self.malformed_count = 0
         self.bytes_in = 0
         """Messages and tensors, without gRPC's own framing; so is `bytes_out`."""
         self.bytes_out = 0
 
+    @property
+    def training_s(self) -> float:
+        """Seconds from the first update to the last."""
+        return 0.0 if self.first_time is None else self.last_time - self.first_time
+
     def count_update(
         self, values: Mapping[str, float], *, examples: int, staleness: int, now: float
     ) -> None:
         """One gradient of `examples` examples moved the weights."""
+        self.first_time = now if self.first_time is None else self.first_time
+        self.last_time = now
         self.means.add(values)
         self.staleness.add(staleness)
         self.updates.add(1, now)

@@ -15,7 +15,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from headwater.protos import files, plain_json
+from headwater.protos.command import expected_run_id, new_run_id
 from headwater.protos.errors import UsageError
 from headwater.protos.weights_file import save_weights
 from headwater.server.run_record import RunRecord
@@ -49,7 +49,7 @@ class RunDir:
     """
 
     def __init__(self, path: Path | None, task_name: str) -> None:
-        self.run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        self.run_id = expected_run_id() or new_run_id()
         default = Path("runs") / f"{task_name}-{self.run_id}"
         self.path = path or default
         self.record: RunRecord | None = None

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -46,6 +45,8 @@ PROGRESS_S = 1.0
 SAVE_RETRY_S = 2.0
 SAVE_TIMEOUT_S = 600.0
 """For somebody to make room on the disk for the final weights; `pull` can take them meanwhile."""
+LINGER_S = 0.6
+"""For those who ask for the status again and again to see the last one."""
 CLOSE_TIMEOUT_S = 2.0
 """For streams to end after bye."""
 
@@ -126,7 +127,7 @@ class Serving:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()
         on_ready(join_address(host, port))
-        began, first = time.monotonic(), run.current.version
+        first = run.current.version
         run.begin()
         try:
             async with self._background(
@@ -144,7 +145,7 @@ class Serving:
             await server.stop(CLOSE_TIMEOUT_S)
             self._encoder.close()
             await asyncio.to_thread(self._close_applier)
-        self._log_end(ended, first, time.monotonic() - began)
+        self._log_end(ended, first)
         return ended
 
     def _close_applier(self) -> None:
@@ -184,6 +185,7 @@ class Serving:
         run.end_waits()
         run.bye_to_all()
         failpoints.reach("end-bye")
+        await self._let_lookers_see(run.clock())
         if finished and not error:
             if not self._prepared.config.exit_when_done:
                 log.info(
@@ -196,6 +198,12 @@ class Serving:
                 await self._wait_for_evaluation()
         failpoints.reach("end-evaluated")
         return Ended(run.state_override, run.current.version, error or "", run.durable_version)
+
+    async def _let_lookers_see(self, since: float) -> None:
+        """Go on for a moment, so that those who watch learn how it ended."""
+        run = self.run_state
+        while run.lookers.unaware(since) and run.clock() - since < LINGER_S:  # noqa: ASYNC110
+            await asyncio.sleep(LINGER_S / 20)  # asked for by nobody who could set an event
 
     async def _wait_for_evaluation(self) -> None:
         run, patience = self.run_state, self._prepared.config.evaluation_timeout_s
@@ -311,7 +319,8 @@ class Serving:
             },
         )
 
-    def _log_end(self, ended: Ended, first: int, seconds: float) -> None:
+    def _log_end(self, ended: Ended, first: int) -> None:
+        seconds = self.run_state.figures.training_s
         newest = self.run_state.evaluations.newest
         final = newest is not None and newest.version == ended.version
         self._log("progress", _progress(status(self.run_state)))
@@ -320,7 +329,8 @@ class Serving:
             {
                 "state": _state_name(ended.state),
                 "version": ended.version,
-                "metrics": dict(newest.metrics) if newest is not None and final else {},
+                "metrics": dict(sorted(newest.metrics.items())) if newest and final else {},
+                "skipped": len(self.run_state.current.left_out),
                 "seconds": seconds,
                 "updates_per_second": (ended.version - first) / seconds if seconds else 0.0,
             },

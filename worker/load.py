@@ -87,7 +87,10 @@ def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
     elif callable(found):
         task = _call(found, given, spec)
     else:
-        raise UsageError(f"{spec} is {type(found).__name__}; a Task or a function that returns one")
+        raise UsageError(
+            f"{name} in {place} is {type(found).__name__}; it must be a Task or a function that "
+            "returns one"
+        )
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     title = stem if name == "task" else f"{stem}-{name}"
     return LoadedTask(task, title, given, _source_sha256(module))
@@ -139,7 +142,7 @@ def _import_module(name: str) -> types.ModuleType:
         raise UsageError(f"{name} raised while it was loaded\n{user_traceback(error)}") from None
     except TaskError as error:
         raise UsageError(f"{error}{user_place(error)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{name} raised while it was loaded\n{user_traceback(error)}") from None
 
 
@@ -210,7 +213,7 @@ def _guarded(call: Callable[[], Any], what: str) -> Any:
         raise
     except TaskError as error:
         raise UsageError(f"{error}{user_place(error)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what}\n{user_traceback(error)}") from None
 
 

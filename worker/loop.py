@@ -19,6 +19,7 @@ import numpy as np
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.assembly import Weights
+from headwater.protos.command import expected_run_id
 from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
 from headwater.protos.rpc import PROTOCOL
 from headwater.protos.wire import parts
@@ -63,6 +64,7 @@ class Worker:
         self._patience = Patience(address, connect_timeout_s)
         self._hello = pb.Hello(
             protocol=PROTOCOL,
+            run_id=expected_run_id(),
             instance=secrets.randbits(63) + 1,
             task=loaded.identity(),
             layout=self._layout.to_proto(),
@@ -192,7 +194,8 @@ class Worker:
         if outcome.code == pb.OUTCOME_APPLIED:
             self._gradients += 1
             return
-        log.warning("%s: %s", pb.OutcomeCode.Name(outcome.code), outcome.message)
+        name = pb.OutcomeCode.Name(outcome.code).removeprefix("OUTCOME_").replace("_", " ").lower()
+        log.warning("%s: %s", name, outcome.message)
 
     def _lease(self, lease: pb.Lease) -> None:
         assert self._loader is not None, "the server leases after welcome"

@@ -142,7 +142,7 @@ def test_a_push_after_its_ticket_was_taken_back_is_refused(tmp_path):
             for name in ("ann", "bob"):
                 said = run.workers[name]
                 wait_for(
-                    lambda: said.errors.count("OUTCOME_LEASE_LOST") >= times,  # noqa: B023
+                    lambda: said.errors.count("warning: lease lost: ") >= times,  # noqa: B023
                     f"{name} is told that it comes too late",
                 )
 

@@ -955,8 +955,8 @@ def test_a_run_directory_that_cannot_be_written_is_refused(folder: Path) -> None
 WRONG_USAGE = {
     "nonsense": "No such command 'nonsense'. (see headwater --help)",
     "status --server here": "--server takes HOST:PORT such as 127.0.0.1:50051, not 'here'",
-    "status --nonsense": "No such option: --nonsense (see headwater --help)",
-    "pull": "Missing argument 'OUT.safetensors'. (see headwater --help)",
+    "status --nonsense": "No such option: --nonsense (see headwater status --help)",
+    "pull": "Missing argument 'OUT.safetensors'. (see headwater pull --help)",
 }
 
 
@@ -1046,7 +1046,9 @@ def changed(fields: str) -> str:
 
 WRONG_TASKS = {
     "no task": Wrong("", "plain.py has no 'task'; a task is a Task called `task`"),
-    "no Task": Wrong("task = 42", "plain.py is int; a Task or a function that returns one"),
+    "no Task": Wrong(
+        "task = 42", "task in plain.py is int; it must be a Task or a function that returns one"
+    ),
     "int leaf": Wrong(
         changed("'init': lambda key: {'w': jnp.ones(3), 'n': jnp.zeros(2, int)}"),
         "n has dtype int32; a parameter is floating or complex. Keep counters and masks out of the "

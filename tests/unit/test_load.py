@@ -378,7 +378,9 @@ def test_what_is_neither_a_file_nor_a_module_is_told_how_to_write_one(spec: str)
 @pytest.mark.parametrize(("value", "kind"), [("7", "int"), ("'text'", "str"), ("[make()]", "list")])
 def test_what_is_no_task_is_refused(value: str, kind: str, write: Write) -> None:
     write(f"task = {value}")
-    assert refusal("mine.py") == f"mine.py is {kind}; a Task or a function that returns one"
+    assert refusal("mine.py") == (
+        f"task in mine.py is {kind}; it must be a Task or a function that returns one"
+    )
 
 
 @pytest.mark.parametrize(("value", "kind"), [("None", "NoneType"), ("{}", "dict")])
