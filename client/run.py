@@ -97,14 +97,16 @@ class Training:
         listen, address = self._choose_address()
         self._start_all(listen, address, share)
         facts = self._wait_until_ready(self._children[0])
-        if facts is None and self._lost_the_port(listen):
-            # Another run took it between our look and our server's start.
+        if facts and "port_taken" in facts and not _option(self.server_options, "--listen"):
+            # By another run, between our look and our server's start.
             self._end_children()
-            listen, address = self._choose_address()
+            listen = address = free_address(split_address(listen, "--listen")[0])
+            self._display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {address}")
             self._start_all(listen, address, share)
             facts = self._wait_until_ready(self._children[0])
         server, *workers = self._children
-        if facts is None:
+        if facts is None or "port_taken" in facts:
+            server.process.wait()
             raise _failure(server)
         self._run_dir = Path(facts["run_dir"])
         logs = self._run_dir / "logs"
@@ -151,10 +153,6 @@ class Training:
             return str(record["run_id"])
         except (OSError, ValueError, KeyError, TypeError):
             return new_run_id()  # the server says it if the directory is damaged
-
-    def _lost_the_port(self, listen: str) -> bool:
-        asked = _option(self.server_options, "--listen")
-        return asked is None and not is_free(*split_address(listen, "--listen"))
 
     def _wait_until_ready(self, server: Child) -> Mapping[str, Any] | None:
         """What the server says of itself once it serves; None when it ended instead."""

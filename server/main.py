@@ -141,14 +141,18 @@ def server(
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
     use_platform(platform)
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
-    from headwater.server.prepare import prepare
+    from headwater.server.prepare import PortTaken, prepare
     from headwater.worker.load import load_task
     from headwater.worker.user_code import guard_user_code
 
     loaded = load_task(task, task_option or ())
-    with guard_user_code(f"the task {loaded.name} raised"):
-        prepared = prepare(loaded, config)
-    ended, interrupted = asyncio.run(_serve(prepared, loaded, task))
+    try:
+        with guard_user_code(f"the task {loaded.name} raised"):
+            prepared = prepare(loaded, config)
+        ended, interrupted = asyncio.run(_serve(prepared, loaded, task))
+    except PortTaken:
+        command.announce_ready({"port_taken": True})  # `run` knows others
+        raise
     for number in (signal.SIGINT, signal.SIGTERM):  # it is ending, and says how
         signal.signal(number, signal.SIG_IGN)
     prepared.run_dir.close()

@@ -258,11 +258,14 @@ def _save(
     )
 
 
-def port_taken(listen: str) -> UsageError:
-    return UsageError(
-        f"{listen} is in use or not an address of this machine; stop what listens there, or choose "
-        "another with --listen HOST:PORT (port 0 takes a free one)"
-    )
+class PortTaken(UsageError):
+    """The address to listen on is not free."""
+
+    def __init__(self, listen: str) -> None:
+        super().__init__(
+            f"{listen} is in use or not an address of this machine; stop what listens there, or "
+            "choose another with --listen HOST:PORT (port 0 takes a free one)"
+        )
 
 
 def _check_port_is_free(listen: str) -> None:
@@ -276,4 +279,4 @@ def _check_port_is_free(listen: str) -> None:
         try:
             probe.bind((host, port))
         except OSError:
-            raise port_taken(listen) from None
+            raise PortTaken(listen) from None

@@ -27,7 +27,7 @@ from headwater.protos.rpc import join_address, split_address
 from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
 from headwater.server.encoder import Encoder
-from headwater.server.prepare import Prepared, port_taken
+from headwater.server.prepare import PortTaken, Prepared
 from headwater.server.saver import Saver
 from headwater.server.service import Service
 from headwater.server.snapshots import arrays_of
@@ -122,7 +122,7 @@ class Serving:
             port = server.add_insecure_port(config.listen)
         except RuntimeError:
             self._close_applier()
-            raise port_taken(config.listen) from None
+            raise PortTaken(config.listen) from None
         for name in ("", rpc.SERVICE_NAME):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await server.start()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from kit.processes import Command, Finished, run, status_of
+from kit.processes import HEADWATER, Command, Finished, run, status_of
 from kit.waiting import wait_for
 
 PACED = """
@@ -214,6 +216,66 @@ def test_run_takes_a_free_port_when_the_default_one_is_busy_and_says_so(folder: 
     assert found
     assert found[2] != "50051"
     assert starting == f"starting a server and 1 worker at {found[1]}"
+
+
+# ------------------------------------------------------------- beside other things
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line of bash in which $RUN is a short run."""
+    words = [str(HEADWATER), *SHORT, *FREE]
+    script = f"RUN={shlex.quote(shlex.join(words))}; {line}"
+    return subprocess.run(  # noqa: S603  (our own text)
+        ["/bin/bash", "-c", script],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(folder: Path) -> None:
+    done = shell('eval "$RUN" | head -1; echo ${PIPESTATUS[0]}', folder)
+    assert done.stdout.splitlines()[-1] == "0", done
+    assert records(folder)[-1]["state"] == "finished"
+    assert_kept(folder)
+
+
+def test_a_full_output_does_not_end_the_training(folder: Path) -> None:
+    done = shell('eval "$RUN" > /dev/full', folder)
+    assert done.returncode == 1
+    assert "the output could not be written" in done.stderr
+    assert records(folder)[-1]["state"] == "finished"
+    assert_kept(folder)
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed: str, folder: Path) -> None:
+    done = shell(f'eval "$RUN" {closed}', folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert records(folder)[-1]["state"] == "finished"
+
+
+def test_two_runs_at_once_are_two_runs(folder: Path) -> None:
+    """Each finds a port, and each has its own workers."""
+    with (
+        Command(*SHORT, "--run-dir", "one", cwd=folder) as one,
+        Command(*SHORT, "--run-dir", "two", cwd=folder) as two,
+    ):
+        assert (one.wait(), two.wait()) == (0, 0), one.errors + two.errors
+    for name in ("one", "two"):
+        log = (folder / name / "logs/server.log").read_text()
+        assert log.count(" joined ") == 1, log
+
+
+def test_a_run_that_is_stopped_is_called_stopped(folder: Path) -> None:
+    with started(folder) as it:
+        it.wait_until_training()
+        assert run("stop", "--server", it.address, cwd=folder).status == 0
+        assert it.command.wait(30) == 0, it.state()
+        assert "\nstopped at version " in it.command.output
+        assert "finished" not in it.command.output
 
 
 # ------------------------------------------------------------------ wrong input

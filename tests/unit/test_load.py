@@ -78,6 +78,19 @@ def identities(loaded: LoadedTask) -> tuple[str, dict[str, str]]:
 # ------------------------------------------------------------- where a task is found
 
 
+@pytest.mark.parametrize("status", [0, 7])
+def test_a_task_that_ends_python_while_loading_is_refused(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("leaves.py").write_text(f"import sys\nsys.exit({status})\n")
+
+    with pytest.raises(UsageError, match=f"SystemExit: {status}$") as error:
+        load_task("leaves.py")
+
+    assert error.value.exit_status == 2
+
+
 def test_a_file_is_loaded_by_its_path_and_named_for_it(write: Write) -> None:
     path = write()
 
