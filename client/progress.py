@@ -89,7 +89,8 @@ class Display:
                 total=total,
                 completed=status["batches_applied"] + status["skipped"],
             )
-            self._live.update(Group(self._bar, Text(_figures(status), no_wrap=True)))
+            lines = [Text(line, no_wrap=True) for line in _figures(status)]
+            self._live.update(Group(self._bar, *lines))
             return
         now = time.monotonic()
         if status["version"] and (
@@ -99,16 +100,15 @@ class Display:
             self.say(show.one_line(status))
 
 
-def _figures(status: Status) -> str:
+def _figures(status: Status) -> list[str]:
+    """Lines below the bar, each short enough for a terminal of 80 columns."""
     if status["loss"] is None:
-        return f"workers {show.workers_line(status['workers'])}"
-    evaluated = status["metrics"].get("accuracy")
-    return "  ".join(
-        [
-            f"version {status['version']:,}",
-            show.metrics({"loss": status["loss"], **status["training_metrics"]}),
-            f"{status['examples_per_second']:,.0f} examples/s",
-            f"staleness {status['staleness']['mean']:.2f}",
-            *([f"evaluated {evaluated:.4f}"] if evaluated is not None else []),
-        ]
-    )
+        return [f"workers {show.workers_line(status['workers'])}"]
+    training = [
+        f"version {status['version']:,}",
+        show.metrics({"loss": status["loss"], **status["training_metrics"]}),
+        f"{status['examples_per_second']:,.0f} examples/s",
+        f"staleness {status['staleness']['mean']:.2f}",
+    ]
+    evaluated = show.metrics(status["metrics"])
+    return ["  ".join(training), *([f"evaluated  {evaluated}"] if evaluated else [])]

@@ -132,6 +132,7 @@ class Coordinator:
         for warning in warnings:
             log.warning("%s: %s", member.name, warning)
         if self.state_override is not None:
+            log.info("%s came after the end", member.name)
             self._bye_now(member)
             return member
         session.send(

@@ -147,11 +147,15 @@ class Service:
 
     @_answered
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.SteerReply:
+        if self._run.state_override is not None:
+            return self._done("the run is over; there is nothing to pause")
         await self._run.pause()
         return self._done(f"paused at version {self._run.current.version}")
 
     @_answered
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.SteerReply:
+        if self._run.state_override is not None:
+            return self._done("the run is over; there is nothing to go on with")
         self._run.resume()
         return self._done("training goes on")
 

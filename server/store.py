@@ -43,7 +43,7 @@ def initial(
     tree: ParameterTree, params: PyTree, optimizer: AbstractOptimizer, incarnation: int = 1
 ) -> Published:
     """Version 0 of a run, from what `Task.init` gave."""
-    leaves = tuple(jnp.asarray(leaf) for leaf in tree.leaves(params))
+    leaves = tuple(jnp.array(leaf) for leaf in tree.leaves(params))  # a copy: they stay the user's
     state = optimizer.init(tree.restore(leaves))
     return Published(incarnation, 0, leaves, state, Ranges(), Ranges())
 
