@@ -38,6 +38,7 @@ class Reason(enum.Enum):
     SILENT = _Code.DEADLINE_EXCEEDED, "nothing was heard for too long"
     COMPILE_TIMEOUT = _Code.DEADLINE_EXCEEDED, "compiling took too long"
     SLOW_READER = _Code.DEADLINE_EXCEEDED, "the reader took its bytes too slowly"
+    SERVER_ENDED = _Code.UNAVAILABLE, "the server had to end; the next one goes on"
     UNWRITABLE = _Code.RESOURCE_EXHAUSTED, "the server's disk is full or broken"
 
     def __init__(self, code: grpc.StatusCode, meaning: str) -> None:
@@ -77,6 +78,7 @@ _NOT_THE_CALLERS_INPUT = {
     Reason.COMPILE_TIMEOUT,
     Reason.SLOW_READER,
     Reason.OLD_INCARNATION,
+    Reason.SERVER_ENDED,
     Reason.UNWRITABLE,
 }
 

@@ -121,8 +121,11 @@ class Coordinator:
         """Check a hello, take the worker in, and welcome it.
 
         Raises:
-          Refused: Its protocol, task, layout or run is another; or it may not come back.
+          Refused: Its protocol, task, layout or run is another; or it may not come
+            back; or this server is about to end without a word.
         """
+        if self.log_broken:
+            raise Refused(Reason.SERVER_ENDED, "the server's disk failed")
         warnings = self.identity.check(hello, self.current.incarnation)
         member, old = self.roster.join(hello, self.clock())
         if old is not None:
@@ -532,6 +535,11 @@ class Coordinator:
     def bye_to_all(self) -> None:
         for member in list(self.roster.members.values()):
             self._bye_now(member)
+
+    def cut_all(self, message: str) -> None:
+        """End all streams without bye: the workers wait for the next server, as after a crash."""
+        for session in list(self._sessions.values()):
+            session.end(Reason.SERVER_ENDED, message)
 
     def _bye_now(self, member: Member) -> None:
         reasons = {pb.RUN_FINISHED: pb.BYE_FINISHED, pb.RUN_FAILED: pb.BYE_FAILED}

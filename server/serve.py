@@ -183,7 +183,10 @@ class Serving:
             run.problems["end"] = error
         failpoints.reach("end-finished")
         run.end_waits()
-        run.bye_to_all()
+        if run.log_broken:
+            run.cut_all("the server's disk failed")
+        else:
+            run.bye_to_all()
         failpoints.reach("end-bye")
         await self._let_lookers_see(run.clock())
         if finished and not error:

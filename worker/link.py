@@ -23,7 +23,7 @@ PROGRESS_S = 2.0
 QUEUED_MESSAGES = 4
 """Parts waiting to leave; more would be memory, fewer would leave gaps on the wire."""
 
-_COMES_BACK = {Reason.SILENT, Reason.SLOW_READER}
+_COMES_BACK = {Reason.SILENT, Reason.SLOW_READER, Reason.SERVER_ENDED}
 """Refusals that a new connection may mend."""
 
 

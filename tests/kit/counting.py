@@ -36,6 +36,7 @@ def task(
     begun: str = "",
     faults: str = "",
     shadow: str = "",
+    clock: str = "",
 ) -> Task:
     """A task whose every step can be drawn out, so that a fault can hit it.
 
@@ -48,7 +49,11 @@ def task(
       begun: A file that grows by a byte with every gradient that is begun (with compute_s).
       faults: The control file of a FaultyDisk, for the process that loads this.
       shadow: The folder of a ForgetfulDisk, likewise.
+      clock: A file with the seconds by which the process's wall clock is off.
     """
+    if clock:
+        real = time.time
+        time.time = lambda: real() + float(Path(clock).read_text() or 0)
     if faults or shadow:
         _put_in_a_bad_disk(faults, shadow)
 

@@ -110,6 +110,7 @@ class ForgetfulDisk(Disk):
     """Keeps, in a folder of its own, what a loss of power would leave of another.
 
     A file's bytes count from its fsync on, its name from the fsync of its folder.
+    What this disk did not write itself counts as it is when its folder is synced.
 
     Args:
       shadow: Where it is kept; `power_loss` puts it back.
@@ -117,30 +118,53 @@ class ForgetfulDisk(Disk):
 
     def __init__(self, shadow: Path) -> None:
         self._shadow = shadow
+        self._files: dict[int, int] = {}  # descriptor to a number of our own
+        self._names: dict[str, int] = {}
+        self._count = 0
         shadow.mkdir(exist_ok=True)
+
+    def create(self, path: Path) -> int:
+        file = super().create(path)
+        self._count += 1
+        self._files[file] = self._names[path.name] = self._count
+        return file
+
+    def rename(self, old: Path, new: Path) -> None:
+        super().rename(old, new)
+        self._names[new.name] = self._names.pop(old.name)
+
+    def remove(self, path: Path) -> None:
+        super().remove(path)
+        self._names.pop(path.name, None)
 
     def sync(self, file: int) -> None:
         super().sync(file)
-        kept = self._shadow / f"inode-{os.fstat(file).st_ino}"
+        kept = self._kept(self._files[file])
         have = kept.stat().st_size if kept.exists() else 0
-        size = os.fstat(file).st_size
         with Path(f"/proc/self/fd/{file}").open("rb") as source, kept.open("ab") as target:
             source.seek(have)
-            target.write(source.read(size - have))
+            target.write(source.read())
 
     def sync_folder(self, path: Path) -> None:
-        names = {p.name: p.stat().st_ino for p in path.iterdir() if p.is_file()}
+        for file in path.iterdir():
+            if file.name not in self._names and not file.name.startswith("."):
+                self._count += 1
+                self._names[file.name] = self._count
+                self._kept(self._count).write_bytes(file.read_bytes())
         new = self._shadow / "names.new"
-        new.write_text(json.dumps(names))
+        new.write_text(json.dumps(self._names))
         new.replace(self._shadow / "names.json")
+
+    def _kept(self, number: int) -> Path:
+        return self._shadow / f"{os.getpid()}-{number}"
 
 
 def power_loss(folder: Path, shadow: Path) -> None:
     """Leave in `folder` what had been fsynced. Its processes must have been killed."""
     names = json.loads((shadow / "names.json").read_text())
     for path in folder.iterdir():
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    for name, inode in names.items():
-        kept = shadow / f"inode-{inode}"
-        (folder / name).write_bytes(kept.read_bytes() if kept.exists() else b"")
+        path.unlink()
+    for name, number in names.items():
+        kept = list(shadow.glob(f"*-{number}"))
+        (folder / name).write_bytes(kept[0].read_bytes() if kept else b"")
     shutil.rmtree(shadow)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 
@@ -44,6 +45,7 @@ class Lives:
         self, cwd: Path, task_options: Sequence[str] = (), options: Sequence[str] = ()
     ) -> None:
         self.cwd = cwd
+        self.task: str | Path = TASK
         self.run_dir = cwd / "run"
         self.address = "127.0.0.1:0"
         self.command: Command | None = None
@@ -68,7 +70,15 @@ class Lives:
     def start(self, *options: str, wait: bool = True, **environment: str) -> Command:
         """Begin the next life; returns once it answers."""
         self._forget()
-        arguments = ("server", "--task", TASK, "--listen", self.address, *self._options, *options)
+        arguments = (
+            "server",
+            "--task",
+            self.task,
+            "--listen",
+            self.address,
+            *self._options,
+            *options,
+        )
         self.command = Command(*arguments, cwd=self.cwd, **environment)
         self.incarnations += 1
         if wait:
@@ -106,6 +116,10 @@ class Lives:
             self.errors += self.command.errors
             self.command.__exit__(None, None, None)
             self.command = None
+
+
+_SERVERS = ("faults", "shadow", "slow_while", "load_s")
+"""Task options that a bare worker has no use for, but has to have as the server does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +219,15 @@ class SteadyWorker:
     """A bare worker in a thread: it trains the counting task until bye, whoever dies meanwhile."""
 
     def __init__(
-        self, address: str, witness: Witness, name: str, pause_s: float = 0.0, **task: int
+        self, address: str, witness: Witness, name: str, pause_s: float = 0.0, **task: Any
     ) -> None:
-        self._hello = hello_of(counting.task(**task), "counting")
+        bare = {n: v for n, v in task.items() if n not in _SERVERS}  # the server's
+        self._hello = hello_of(counting.task(**bare), "counting")
         self._hello.task.options.update({name: str(value) for name, value in task.items()})
         self._address = address
         self._witness = witness
         self._name = name
-        self._pause_s = pause_s
+        self.pause_s = pause_s
         self.acknowledged = 0
         self.streams = 0
         self.bye: pb.Bye | None = None
@@ -247,7 +262,7 @@ class SteadyWorker:
                     except StreamEnded as ended:
                         if ended.code is grpc.StatusCode.OK and worker.heard("bye"):
                             self.bye = worker.heard("bye")[-1]
-                        elif ended.reason:
+                        elif ended.reason not in ("", "SILENT", "SLOW_READER", "SERVER_ENDED"):
                             raise
                     if worker.heard("bye"):
                         self.bye = worker.heard("bye")[-1]
@@ -264,7 +279,7 @@ class SteadyWorker:
         self.streams += 1
         while not self._over.is_set():
             ticket = worker.ticket(timeout_s=120)
-            time.sleep(self._pause_s)
+            time.sleep(self.pause_s)
             indices = worker.leased.pop(key(ticket))
             worker.push(ticket, counting_gradient(worker.layout, indices))
             outcome = worker.outcome(timeout_s=120)
@@ -278,7 +293,7 @@ class SteadyWorker:
 
 @contextlib.contextmanager
 def steady_workers(
-    address: str, witness: Witness, count: int, pause_s: float = 0.0, **task: int
+    address: str, witness: Witness, count: int, pause_s: float = 0.0, **task: Any
 ) -> Iterator[list[SteadyWorker]]:
     with contextlib.ExitStack() as stack:
         yield [

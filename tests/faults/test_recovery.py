@@ -1,0 +1,234 @@
+"""What a server that died comes back to, and how those who outlived it take that."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headwater.client.client import Client
+from headwater.protos import snapshot_file
+from kit import counting
+from kit.disk import power_loss, set_faults
+from kit.lives import TASK, Lives, Witness, steady_workers
+from kit.processes import worker
+from kit.waiting import wait_for
+
+SMALL = {"examples": 1024, "epochs": 4, "batch_size": 4}
+ENDLESS = {"examples": 256, "epochs": 100_000, "batch_size": 4}
+
+
+def wait_version(lives: Lives, version: int) -> None:
+    wait_for(
+        lambda: lives.status().get("version", -1) >= version,
+        f"version {version}",
+        60,
+        lambda: (lives.status(), lives.command and lives.command.errors),
+    )
+
+
+# --------------------------------------------------------------- the same bits
+
+
+def trained_digits(folder: Path, kills: tuple[int, ...]) -> snapshot_file.Snapshot:
+    """The final snapshot of two epochs of digits by one worker, the server killed at versions."""
+    folder.mkdir()
+    lives = Lives(folder, options=["--durability", "log", "--snapshot-every", "100"])
+    lives.task = "headwater.examples.mnist"
+    with lives:
+        lives.start("--epochs", "2")
+        with worker(lives.task, lives.address, cwd=folder) as one:
+            for version in kills:
+                wait_version(lives, version)
+                lives.kill()
+                lives.start()
+            lives.finished()
+            assert one.wait() == 0, one.errors
+        lives.command.send(signal.SIGTERM)
+        assert lives.command.wait() == 0, lives.command.errors
+    (*_, newest) = sorted((folder / "run").glob("snapshot-*.safetensors"))
+    return snapshot_file.read(newest)
+
+
+def test_a_run_whose_server_was_killed_ends_with_the_same_bits(tmp_path):
+    never = trained_digits(tmp_path / "never", ())
+    twice = trained_digits(tmp_path / "twice", (70, 170))
+
+    assert never.facts.version == twice.facts.version == 250
+    assert (never.facts.incarnation, twice.facts.incarnation) == (1, 3)
+    assert never.facts.tensors == twice.facts.tensors  # checksums and all
+    for name, array in never.arrays.items():
+        assert array.tobytes() == twice.arrays[name].tobytes()
+
+
+# --------------------------------------------------------------- who outlived it
+
+
+def test_workers_refuse_a_server_restored_from_an_older_copy(tmp_path):
+    with Lives(tmp_path, counting.options(**ENDLESS), ["--snapshot-every", "20"]) as lives:
+        lives.start()
+        options = counting.options(**ENDLESS)
+        with worker(TASK, lives.address, *options, cwd=tmp_path) as one:
+            wait_version(lives, 50)
+            lives.kill()
+            shutil.copytree(lives.run_dir, tmp_path / "copy")
+            for _ in range(2):
+                lives.start()
+                wait_for(lambda: lives.status().get("workers"), "the worker is back")
+                lives.kill()
+            shutil.rmtree(lives.run_dir)
+            shutil.copytree(tmp_path / "copy", lives.run_dir)
+            lives.start()
+
+            assert one.wait() == 1, one.errors
+            assert (
+                "headwater worker: error: this server is incarnation 2 of its run, but incarnation "
+                "3 has been seen: it was restored from an older copy. Start it from the newest "
+                "copy of the run directory"
+            ) in one.errors
+
+
+@pytest.mark.parametrize("first", ["server", "workers"])
+def test_when_all_are_killed_they_go_on_in_whatever_order_they_come_back(first, tmp_path):
+    task = SMALL | {"batch_size": 16}
+    options = counting.options(**task)
+    with (
+        Lives(tmp_path, options, ["--snapshot-every", "10"]) as lives,
+        contextlib.ExitStack() as stack,
+    ):
+
+        def workers():
+            commands = [worker(TASK, lives.address, *options, cwd=tmp_path) for _ in range(2)]
+            return [stack.enter_context(command) for command in commands]
+
+        lives.start()
+        alive = workers()
+        wait_version(lives, 30)
+        lives.kill()
+        for command in alive:
+            command.kill()
+
+        if first == "workers":
+            alive = workers()
+            wait_for(
+                lambda: all("trying again" in command.errors for command in alive),
+                "they look for a server",
+            )
+            lives.start()
+        else:
+            lives.start()
+            alive = workers()
+        lives.finished()
+
+        assert [command.wait() for command in alive] == [0, 0]
+        with Client(lives.address) as client:
+            counting.assert_exactly_once(client)
+
+
+# --------------------------------------------------------------- a bad disk
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Path:
+    return tmp_path / "faults.json"
+
+
+def test_at_log_a_full_disk_holds_pushes_and_room_lets_them_go_on(control, tmp_path):
+    options = counting.options(**SMALL)
+    with Lives(tmp_path, [*options, "--task-option", f"faults={control}"], LOG) as lives:
+        lives.start()
+        witness = Witness(lives.address, 4, acknowledged_is_durable=True)
+        with witness, workers_of(lives, witness, control) as steady:
+            wait_version(lives, 50)
+            set_faults(control, {"operation": "write", "error": "ENOSPC"})
+            wait_for(lambda: lives.status()["problems"], "the problem is shown")
+            held = lives.status()
+            acknowledged = sum(w.acknowledged for w in steady)
+            assert "pushes are held until there is room" in "".join(held["problems"])
+            assert lives.status()["version"] == held["version"] == held["durable_version"]
+            assert sum(w.acknowledged for w in steady) == acknowledged
+
+            set_faults(control)
+            lives.finished()
+            assert lives.status()["problems"] == []
+        with Client(lives.address) as client:
+            counting.assert_exactly_once(client)
+
+
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_at_log_a_failing_disk_ends_the_server_and_nothing_acknowledged_is_lost(
+    operation, control, tmp_path
+):
+    options = counting.options(**SMALL)
+    with Lives(tmp_path, [*options, "--task-option", f"faults={control}"], LOG) as lives:
+        lives.start()
+        witness = Witness(lives.address, 4, acknowledged_is_durable=True)
+        with witness, workers_of(lives, witness, control):
+            wait_version(lives, 50)
+            set_faults(control, {"operation": operation, "files": "updates-*", "error": "EIO"})
+            assert lives.command.wait(30) == 1
+            assert "failed: Input/output error. Nothing after version" in lives.command.errors
+            assert "Traceback" not in lives.command.errors
+
+            set_faults(control)
+            lives.start()
+            lives.finished()
+        with Client(lives.address) as client:
+            counting.assert_exactly_once(client)
+
+
+def test_a_slow_disk_does_not_hold_up_pushes(control, tmp_path):
+    """An fsync takes two seconds; at level `snapshot` nobody waits for it."""
+    options = counting.options(**ENDLESS)
+    slow = [*options, "--task-option", f"faults={control}"]
+    with Lives(tmp_path, slow, ["--snapshot-every", "1s"]) as lives:
+        lives.start()
+        witness = Witness(lives.address, 4, acknowledged_is_durable=False)
+        with witness, workers_of(lives, witness, control, **ENDLESS):
+            wait_version(lives, 20)
+            set_faults(control, {"operation": "sync", "files": "snapshot-*", "delay_s": 2.0})
+            durable = lives.status()["durable_version"]
+            versions = []
+            while lives.status()["durable_version"] == durable:
+                versions.append(lives.status()["version"])
+            grew = np.diff(np.array(versions)[:: max(1, len(versions) // 10)])
+            assert (grew > 0).all(), versions
+            set_faults(control)
+
+
+@pytest.mark.parametrize("level", ["snapshot", "log"])
+def test_what_was_called_durable_survives_a_loss_of_power(level, tmp_path):
+    """Killed, and then everything that was not fsynced is dropped."""
+    shadow = tmp_path / "shadow"
+    options = counting.options(**SMALL)
+    with Lives(
+        tmp_path,
+        [*options, "--task-option", f"shadow={shadow}"],
+        ["--durability", level, "--snapshot-every", "30"],
+    ) as lives:
+        lives.start()
+        witness = Witness(lives.address, 4, acknowledged_is_durable=level == "log")
+        with witness, workers_of(lives, witness, shadow, "shadow") as steady:
+            for version in (100, 300, 500):
+                wait_version(lives, version)
+                lives.kill()
+                power_loss(lives.run_dir, shadow)
+                lives.start()
+            lives.finished()
+            assert all(w.acknowledged for w in steady)
+        with Client(lives.address) as client:
+            counting.assert_exactly_once(client)
+
+
+LOG = ["--durability", "log", "--snapshot-every", "40"]
+
+
+def workers_of(lives, witness, path, option="faults", **task):
+    """Two bare workers whose task has the option that gives the server its disk."""
+    return steady_workers(
+        lives.address, witness, 2, 0.002, **{**SMALL, **task}, **{option: str(path)}
+    )
