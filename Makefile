@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+SEED   ?= 1
 
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -16,7 +17,7 @@ PRODUCT := $(VENV)/.product
 DEV     := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format protos bench clean
+.PHONY: help run test soak lint format protos bench clean
 
 help: ## list these targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12] [VENV=.venv]'
@@ -25,8 +26,13 @@ help: ## list these targets
 run: $(PRODUCT) ## train on handwritten digits here: one server, two workers (ARGS: options of `headwater run`)
 	@$(BIN)/headwater run --task headwater.examples.mnist --workers 2 $(ARGS)
 
-test: $(DEV) ## run the whole test suite (ARGS: options of pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## run the whole test suite, on all cores (ARGS: options of pytest)
+	@$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+soak: $(DEV) ## ten minutes of faults, at both levels of durability (SEED: the storm's, to repeat one)
+	@cd tests && for level in snapshot log; do \
+	  $(abspath $(BIN))/python -m kit.storm --seconds 300 --durability $$level --seed $(SEED) || exit 1; \
+	done
 
 lint: $(DEV) ## check format, style, types, and that the generated code is current
 	@$(BIN)/ruff format --check --quiet --diff .
