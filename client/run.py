@@ -36,8 +36,10 @@ from headwater.protos.errors import HeadwaterError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
 
 POLL_S = 0.25
+SOON_S = 1.0
+"""For workers to end after their server by themselves."""
 FOLLOW_TIMEOUT_S = 10.0
-"""For workers to end after their server."""
+"""For them to end when they are told to."""
 
 STOP_TIMEOUT_S = 3.0
 """For the server to end in order after Ctrl-C, and KILL_S later all is killed: 5 s in all."""
@@ -116,7 +118,11 @@ class Training:
         self._follow(server, workers, address, share, logs, evaluates=facts["evaluates"])
         if server.status != 0:
             raise _failure(server)
-        wait_all(self._children, FOLLOW_TIMEOUT_S)
+        if not wait_all(self._children, SOON_S):
+            # Still on their way to a server that had nothing more to do.
+            for child in self._children:
+                child.send(signal.SIGTERM)
+            wait_all(self._children, FOLLOW_TIMEOUT_S)
         return facts
 
     def _end_children(self) -> None:

@@ -278,6 +278,29 @@ def test_a_run_that_is_stopped_is_called_stopped(folder: Path) -> None:
         assert "finished" not in it.command.output
 
 
+def test_a_run_whose_server_was_killed_is_continued_by_the_same_command(folder: Path) -> None:
+    where = ("--run-dir", "mine")
+    with started(folder, *where, "--snapshot-every", "5") as it:
+        wait_for(lambda: it.status().get("durable_version", 0) > 10, "a snapshot", 30, it.state)
+        durable = it.status()["durable_version"]
+        (server,) = [p for p in it.descendants() if "server" in p.cmdline()]
+        server.kill()
+        assert it.command.wait(20) == 1
+        assert it.command.errors == "headwater: error: server was ended by SIGKILL\n"
+    with started(folder, *where) as it:
+        wait_for(lambda: it.status().get("version", 0) > durable, "it goes on", 30, it.state)
+        assert it.status()["incarnation"] == 2
+        it.command.send(signal.SIGINT)
+        assert it.command.wait(10) == 130
+
+
+def test_a_finished_run_is_extended_by_more_epochs(folder: Path) -> None:
+    for epochs, version in (("2", 16), ("2", 16), ("5", 40)):
+        done = run(*SHORT, *FREE, "--run-dir", "mine", "--epochs", epochs, cwd=folder)
+        assert (done.status, done.errors) == (0, "")
+        assert f"finished at version {version} in " in done.output
+
+
 # ------------------------------------------------------------------ wrong input
 
 

@@ -47,10 +47,17 @@ F32 = np.dtype(np.float32)
 class Run:
     """An embedded server of the counting task, and those who talk to it."""
 
-    def __init__(self, stack: contextlib.ExitStack, run_dir: Path, **options: Any) -> None:
+    def __init__(
+        self,
+        stack: contextlib.ExitStack,
+        run_dir: Path,
+        task: tuple[int, int, int, int] = (EXAMPLES, 1, BATCH, PADDING),
+        **options: Any,
+    ) -> None:
         self._stack = stack
-        self.hello = hello_of(task := counting.task(EXAMPLES, 1, BATCH, PADDING))
-        self.server = stack.enter_context(Server(task, run_dir=run_dir, **options))
+        made = counting.task(*task)
+        self.hello = hello_of(made)
+        self.server = stack.enter_context(Server(made, run_dir=run_dir, **options))
         self.client = stack.enter_context(Client(self.server.address))
         channel = stack.enter_context(rpc.connect(self.server.address))
         self.stub = rpc.Stub(channel)
@@ -660,6 +667,27 @@ def test_three_in_a_row_quarantine_the_worker_and_others_do_its_batches(start) -
     assert bad.bye().reason == pb.BYE_FINISHED
     assert len(bad.heard("ticket")) == 3
     assert run.status["rejected"]["nonfinite"] == 3
+
+
+def test_a_thousand_of_them_by_one_of_several_move_nothing(start) -> None:
+    """Never three in a row, so that it is not stopped before; at last it is, and named."""
+    run = start(task=(2048, 1, 1, 0))
+    good, bad = run.joined("good"), run.joined("bad")
+    for _ in range(500):
+        for turn in (push_nan, push_nan, train):
+            turn(bad, bad.ticket())
+    trained = run.client.pull()
+    assert trained.version == 500
+    assert np.count_nonzero(trained["count"]) == 500  # its own finite ones, and nothing else
+    for _ in range(3):
+        push_nan(bad, bad.ticket())
+
+    states = {w["name"]: w["state"] for w in run.status["workers"]}
+    assert states["bad"] == "quarantined"
+    assert run.status["rejected"]["nonfinite"] == 1003
+    assert finish(good).reason == pb.BYE_FINISHED
+    assert run.client.pull()["count"].tolist() == [1.0] * 2048
+    assert run.status["version"] == 2048
 
 
 def test_a_good_gradient_between_them_clears_the_worker(start) -> None:

@@ -66,6 +66,10 @@ class Proxy:
         """Towards the server, for each connection; None as fast as it goes. May be set."""
         self.stalled = False
         """While set, nothing passes to the server, and nothing is cut. May be set."""
+        self.stalled_back = False
+        """The same of what the server sends."""
+        self.delay_s = 0.0
+        """That each piece of up to 64 kB takes in either direction. May be set."""
         self.address = ""
         self.stats = Stats()
         self._refusing = False
@@ -125,7 +129,7 @@ class Proxy:
         return len(cut)
 
     async def _end(self) -> None:
-        self._refusing, self.stalled = True, False
+        self._refusing, self.stalled, self.stalled_back = True, False, False
         me = asyncio.current_task()
         while True:
             for connection in self._connections:
@@ -188,7 +192,8 @@ class Proxy:
             while data := await reader.read(CHUNK_BYTES):
                 if to_server and self.bytes_per_s:
                     await asyncio.sleep(len(data) / self.bytes_per_s)
-                while to_server and self.stalled:  # noqa: ASYNC110  (set from other threads)
+                await asyncio.sleep(self.delay_s)
+                while self.stalled if to_server else self.stalled_back:  # noqa: ASYNC110  (set from other threads)
                     await asyncio.sleep(0.01)
                 passed = data if left is None else data[:left]
                 writer.write(passed)
