@@ -1,12 +1,16 @@
 """Measures Headwater on this machine: `make bench`, or parts of it by name.
 
-    python benchmarks/run.py [updates] [start] [status] [transfer] [--repeats 5] [--json FILE]
+    python benchmarks/run.py [updates] [start] [status] [transfer] [durability] [recovery]
+                             [--repeats 5] [--json FILE]
 
 updates    updates per second of the mnist task with 1, 2 and 4 workers, each
            beside the plain single-process loop on the same batches
 start      seconds from `headwater run` to the first applied gradient
 status     seconds that `headwater status --json` takes, the whole process
 transfer   megabytes per second pushed and pulled, of a model of 40 MB
+durability updates per second of both models at --durability snapshot and log,
+           beside the megabytes per second that the disk writes and fsyncs
+recovery   seconds from the start of a killed server to its first answer
 
 Every figure is the median of the repeats, which take turns with what they are
 compared with. Nothing else should run on the machine meanwhile.
@@ -152,11 +156,58 @@ def measure_transfer(figures: Figures) -> None:
     figures.setdefault("40 MB model, MB/s pushed + pulled", []).append(rate * 80)
 
 
+def measure_durability(figures: Figures) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data, count = os.urandom(40_000_000), 10
+        began = time.perf_counter()
+        for number in range(count):
+            with (Path(folder) / str(number)).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        rate = count * len(data) / 1e6 / (time.perf_counter() - began)
+        figures.setdefault("disk, 40 MB writes + fsync, MB/s", []).append(rate)
+    for level in ("snapshot", "log"):
+        options = ("--epochs", str(SERVED_EPOCHS), "--durability", level)
+        rate = updates_per_second(MNIST, 2, 50, *options)
+        figures.setdefault(f"mnist, 2 workers, {level}, updates/s", []).append(rate)
+        rate = updates_per_second(str(HERE / "large.py"), 1, 5, *options)
+        figures.setdefault(f"40 MB model, {level}, updates/s", []).append(rate)
+
+
+def measure_recovery(figures: Figures) -> None:
+    """Of the mnist task, with about 400 updates in the log at level `log`."""
+    for level in ("snapshot", "log"):
+        with tempfile.TemporaryDirectory() as folder:
+            listen = free_address("127.0.0.1")
+            words = ["--task", MNIST, "--run-dir", folder, "--listen", listen]
+            words += ["--durability", level, "--epochs", str(SERVED_EPOCHS)]
+            children = [Child("server", "server", words, tells_ready=True)]
+            try:
+                children.append(Child("worker", "worker", ["--task", MNIST, "--server", listen]))
+                children[0].ready()
+                with Client(listen) as client:
+                    until(lambda: client.status()["version"] > 400, "400 updates")
+                children[0].send(signal.SIGKILL)
+                children[0].process.wait()
+                began = time.perf_counter()
+                children.append(Child("server", "server", words, tells_ready=True))
+                children[-1].ready()
+                seconds = time.perf_counter() - began
+                figures.setdefault(f"recovery at {level}, s", []).append(seconds)
+            finally:
+                kill_all(children)
+                for child in children:
+                    child.close()
+
+
 PARTS: dict[str, Callable[[Figures], None]] = {
     "updates": measure_updates,
     "start": measure_start,
     "status": measure_status,
     "transfer": measure_transfer,
+    "durability": measure_durability,
+    "recovery": measure_recovery,
 }
 
 
