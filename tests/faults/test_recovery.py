@@ -204,16 +204,17 @@ def test_a_slow_disk_does_not_hold_up_pushes(control, tmp_path):
 def test_what_was_called_durable_survives_a_loss_of_power(level, tmp_path):
     """Killed, and then everything that was not fsynced is dropped."""
     shadow = tmp_path / "shadow"
-    options = counting.options(**SMALL)
+    task = SMALL | {"batch_size": 16}
+    options = counting.options(**task)
     with Lives(
         tmp_path,
         [*options, "--task-option", f"shadow={shadow}"],
         ["--durability", level, "--snapshot-every", "30"],
     ) as lives:
         lives.start()
-        witness = Witness(lives.address, 4, acknowledged_is_durable=level == "log")
-        with witness, workers_of(lives, witness, shadow, "shadow") as steady:
-            for version in (100, 300, 500):
+        witness = Witness(lives.address, 16, acknowledged_is_durable=level == "log")
+        with witness, workers_of(lives, witness, shadow, "shadow", **task) as steady:
+            for version in (40, 90):
                 wait_version(lives, version)
                 lives.kill()
                 power_loss(lives.run_dir, shadow)
