@@ -13,6 +13,7 @@ import logging
 from headwater.server.coordinator import Coordinator
 from headwater.server.prepare import Prepared
 from headwater.server.store import Published
+from headwater.server.update_log import UpdateLog
 
 log = logging.getLogger("headwater.server")
 
@@ -71,10 +72,16 @@ class Saver:
                 log.info("version %d was written; the disk is well again", published.version)
             self._run.durable(published.version)
             if self._prepared.log is not None:
-                versions = self._prepared.snapshots.versions()
-                # One more than the newest, should that turn out to be damaged.
-                self._prepared.log.snapshot_written(versions[-2] if versions[1:] else versions[-1])
+                await asyncio.to_thread(self._shorten, self._prepared.log)
             return None
+
+    def _shorten(self, log: UpdateLog) -> None:
+        """Drop of the log what is not needed from the last but one snapshot on.
+
+        Not the last: it may turn out to be damaged.
+        """
+        versions = self._prepared.snapshots.versions()
+        log.snapshot_written(versions[-2] if versions[1:] else versions[-1])
 
     def _is_due(self) -> bool:
         run, now = self._run, self._run.clock()

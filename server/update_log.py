@@ -74,7 +74,7 @@ class UpdateLog:
         self._facts = facts
         self._version = version
         self._appended = self._synced = sequence
-        self._size = 0
+        self._size = self._head_size = 0
         self._rotate = False
         self._sync_lock = threading.Lock()  # held while the file must stay open
         self._file = self._begin()
@@ -190,11 +190,11 @@ class UpdateLog:
             with _breaking():
                 files.DISK.sync(file)
                 files.DISK.sync_folder(self._folder)
-        except BaseException as error:
+        except (OSError, LogBroken) as error:
             os.close(file)
             with contextlib.suppress(OSError):
                 files.DISK.remove(path)
-            raise (_kind_of(error) if isinstance(error, OSError) else error) from error
+            raise _kind_of(error) from error
         self._size = self._head_size = len(head)
         return file
 
@@ -206,7 +206,9 @@ class UpdateLog:
         self._rotate = False
 
 
-def _kind_of(error: OSError) -> NoRoom | LogBroken:
+def _kind_of(error: OSError | LogBroken) -> NoRoom | LogBroken:
+    if isinstance(error, LogBroken):
+        return error
     text = error.strerror or str(error)
     return NoRoom(text) if error.errno in _NO_ROOM else LogBroken(text)
 
