@@ -12,7 +12,6 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
@@ -20,6 +19,7 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
 from headwater.protos.layout import Bytes, Layout
 from headwater.server import replies
+from headwater.server.acknowledgements import Acknowledgements
 from headwater.server.admission import Admission, Grant, Ticket
 from headwater.server.applier import Applier, Job, Result
 from headwater.server.config import ServerConfig
@@ -76,7 +76,6 @@ class Coordinator:
         self.refusals = Refusals()
         self.ledger = Ledger(order.total, order.per_epoch, store.current.applied)
         self.admission = Admission(self.ledger, self.staging.slots, self._avoided_by)
-        self.durable_version = self._on_disk_version = store.current.version
         self.state_override: pb.RunState | None = None
         """What the ending says of the run; None while it goes on."""
         self.figures = RunFigures()
@@ -103,8 +102,9 @@ class Coordinator:
         self._idle = asyncio.Event()  # nothing is being applied
         self._idle.set()
         self._paused_time: float | None = None
-        # Of updates that are applied and not yet durable: their versions, and who waits.
-        self._unacknowledged: deque[tuple[int, Member, pb.Outcome]] = deque()
+        self._owed: Acknowledgements[tuple[Member, pb.Outcome]] = Acknowledgements(
+            store.current.version
+        )
         self.journal: Journal | None = None
         if update_log is not None:
             self.journal = Journal(
@@ -332,21 +332,21 @@ class Coordinator:
         if self.journal is None:
             self._answer(member, outcome)
         else:
-            self._unacknowledged.append((result.version, member, outcome))
+            self._owed.owe(result.version, (member, outcome))
 
     def durable(self, version: int) -> None:
         """All up to `version` is on disk: whoever made it may be told."""
-        # The log may be ahead of the weights by what is just being applied.
-        self._on_disk_version = max(self._on_disk_version, version)
+        self._owed.on_disk(version)
         self._acknowledge()
 
     def _acknowledge(self) -> None:
-        self.durable_version = max(
-            self.durable_version, min(self._on_disk_version, self.current.version)
-        )
-        while self._unacknowledged and self._unacknowledged[0][0] <= self.durable_version:
-            _, member, outcome = self._unacknowledged.popleft()
+        for member, outcome in self._owed.due(self.current.version):
             self._answer(member, outcome)
+
+    @property
+    def durable_version(self) -> int:
+        """The newest that survives the death of every process, and loss of power."""
+        return self._owed.durable_version
 
     def _log_full(self, why: str | None) -> None:
         if why is None:

@@ -55,6 +55,7 @@ SHUNNED = {
     "headwater.protos": _FRAMEWORKS,
     # State machines: same calls in, same state out, without I/O, threads or a clock.
     "headwater.server.admission": (*_FRAMEWORKS, *_WORLD),
+    "headwater.server.acknowledgements": (*_FRAMEWORKS, *_WORLD),
     "headwater.server.ledger": (*_FRAMEWORKS, *_WORLD),
 }
 """What else a module may not import."""
