@@ -113,16 +113,13 @@ def test_a_finished_run_is_finished_when_it_is_started_again(tmp_path):
     """And goes on with more epochs."""
     options = counting.options(**SMALL)
     with Lives(tmp_path, options) as lives:
-        for epochs in (2, 2, 5):
+        for epochs in (2, 5):
             lives.start("--epochs", str(epochs))
             with worker(TASK, lives.address, *options, cwd=tmp_path) as one:
                 assert one.wait() == 0, one.errors
             assert lives.finished()["version"] == epochs * 16
             lives.command.send(signal.SIGTERM)
             assert lives.command.wait(10) == 0
-        lives.start(wait=False)
-        lives.command.kill()
-
         lives.start("--epochs", "3", wait=False)
         assert lives.command.wait(30) == 2
         assert "--epochs 3 ends before what the run has trained already" in lives.command.errors
@@ -141,7 +138,7 @@ def test_another_task_does_not_continue_a_run(tmp_path):
         )
 
 
-@pytest.mark.parametrize("level", ["snapshot", "log"])
+@pytest.mark.parametrize("level", [pytest.param("snapshot", marks=pytest.mark.slow), "log"])
 def test_a_run_may_change_its_level_from_life_to_life(level, tmp_path):
     """What was acknowledged at `log` is there at `snapshot`, and the other way round."""
     other = {"snapshot": "log", "log": "snapshot"}[level]

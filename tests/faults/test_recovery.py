@@ -35,12 +35,12 @@ def wait_version(lives: Lives, version: int) -> None:
 
 
 def trained_digits(folder: Path, kills: tuple[int, ...]) -> snapshot_file.Snapshot:
-    """The final snapshot of two epochs of digits by one worker, the server killed at versions."""
+    """The final snapshot of an epoch of digits by one worker, the server killed at versions."""
     folder.mkdir()
-    lives = Lives(folder, options=["--durability", "log", "--snapshot-every", "100"])
+    lives = Lives(folder, options=["--durability", "log", "--snapshot-every", "40"])
     lives.task = "headwater.examples.mnist"
     with lives:
-        lives.start("--epochs", "2")
+        lives.start("--epochs", "1")
         with worker(lives.task, lives.address, cwd=folder) as one:
             for version in kills:
                 wait_version(lives, version)
@@ -56,13 +56,13 @@ def trained_digits(folder: Path, kills: tuple[int, ...]) -> snapshot_file.Snapsh
 
 def test_a_run_whose_server_was_killed_ends_with_the_same_bits(tmp_path):
     never = trained_digits(tmp_path / "never", ())
-    twice = trained_digits(tmp_path / "twice", (70, 170))
+    once = trained_digits(tmp_path / "once", (60,))
 
-    assert never.facts.version == twice.facts.version == 250
-    assert (never.facts.incarnation, twice.facts.incarnation) == (1, 3)
-    assert never.facts.tensors == twice.facts.tensors  # checksums and all
+    assert never.facts.version == once.facts.version == 125
+    assert (never.facts.incarnation, once.facts.incarnation) == (1, 2)
+    assert never.facts.tensors == once.facts.tensors  # checksums and all
     for name, array in never.arrays.items():
-        assert array.tobytes() == twice.arrays[name].tobytes()
+        assert array.tobytes() == once.arrays[name].tobytes()
 
 
 # --------------------------------------------------------------- who outlived it
@@ -92,7 +92,7 @@ def test_workers_refuse_a_server_restored_from_an_older_copy(tmp_path):
             ) in one.errors
 
 
-@pytest.mark.parametrize("first", ["server", "workers"])
+@pytest.mark.parametrize("first", [pytest.param("server", marks=pytest.mark.slow), "workers"])
 def test_when_all_are_killed_they_go_on_in_whatever_order_they_come_back(first, tmp_path):
     task = SMALL | {"batch_size": 16}
     options = counting.options(**task)
@@ -214,7 +214,7 @@ def test_what_was_called_durable_survives_a_loss_of_power(level, tmp_path):
         lives.start()
         witness = Witness(lives.address, 16, acknowledged_is_durable=level == "log")
         with witness, workers_of(lives, witness, shadow, "shadow", **task) as steady:
-            for version in (40, 90):
+            for version in (40,):
                 wait_version(lives, version)
                 lives.kill()
                 power_loss(lives.run_dir, shadow)

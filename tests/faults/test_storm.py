@@ -9,6 +9,7 @@ import pytest
 from kit.storm import Storm
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_run_outlasts_a_storm(tmp_path):
     seed = secrets.randbits(32)

@@ -295,7 +295,7 @@ def test_a_run_whose_server_was_killed_is_continued_by_the_same_command(folder: 
 
 
 def test_a_finished_run_is_extended_by_more_epochs(folder: Path) -> None:
-    for epochs, version in (("2", 16), ("2", 16), ("5", 40)):
+    for epochs, version in (("2", 16), ("3", 24)):
         done = run(*SHORT, *FREE, "--run-dir", "mine", "--epochs", epochs, cwd=folder)
         assert (done.status, done.errors) == (0, "")
         assert f"finished at version {version} in " in done.output
