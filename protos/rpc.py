@@ -33,7 +33,7 @@ _RAW = {pb.WorkerMessage.DESCRIPTOR.full_name, pb.ServerMessage.DESCRIPTOR.full_
         pb.PullReply.DESCRIPTOR.full_name}  # fmt: skip
 
 KEEPALIVE_S = 10.0
-"""Seconds between pings, and for the answer to one, on both sides."""
+"""Seconds between gRPC's pings, and that TCP waits for an acknowledgement; on both sides."""
 
 _MAX_MESSAGE_BYTES = 4 << 20
 

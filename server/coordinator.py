@@ -42,6 +42,9 @@ log = logging.getLogger("headwater.server")
 
 P = ParamSpec("P")
 
+PULSE_S = 2.0
+"""Between messages to a worker that waits, so that it can tell waiting from a dead network."""
+
 
 class Coordinator:
     """One run, while it is served. Every method is called on the event loop.
@@ -213,6 +216,7 @@ class Coordinator:
 
     def still_wanted(self, member: Member, ticket: Ticket, token: pb.Token) -> bool:
         """Whether a push under way still has its ticket; answers it otherwise."""
+        member.set_phase(pb.PHASE_SENDING)
         if self.admission.outstanding(ticket.number) == ticket:
             self.admission.progress(member.id, self.clock())
             return True
@@ -459,7 +463,7 @@ class Coordinator:
     # -------------------------------------------------------------------- time
 
     def tick(self) -> None:
-        """Find the silent, the hung and the endless compilers. Called several times a second."""
+        """Find the silent, the hung and the endless compilers; be heard. Called each moment."""
         now = self.clock()
         for member in self.roster.silent(now, self.config.session_timeout_s):
             self._cut(member, Reason.SILENT, f"not heard of for {now - member.heard_time:.0f} s")
@@ -474,6 +478,10 @@ class Coordinator:
             log.warning(
                 "%s: no progress on %s; taken back", member.name, self.order.id(ticket.position)
             )
+        for member in self.roster.listening():
+            session = self._sessions.get(member.id)
+            if session is not None and session.quiet_for(PULSE_S):
+                session.send(self._message())  # only the stamp: to be heard of
         self._pump()
 
     def shift(self, seconds: float) -> None:

@@ -137,6 +137,14 @@ class Roster:
         """Those not heard of for `timeout_s` seconds."""
         return [m for m in self.members.values() if now - m.heard_time > timeout_s]
 
+    def listening(self) -> list[Member]:
+        """Those that wait for a word of the server, or will once their gradient has left.
+
+        One that computes reads nothing meanwhile, and must not be sent what would
+        pile up.
+        """
+        return [m for m in self.members.values() if m.phase in ("waiting", "sending")]
+
     def shift(self, seconds: float) -> None:
         """Silence while the server itself was stopped counts for nothing."""
         for member in self.members.values():

@@ -56,6 +56,7 @@ class Session:
         self._outbox: deque[tuple[pb.ServerMessage, Published | None]] = deque()
         self._outbox_filled = asyncio.Event()
         self._over: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
+        self._sent_time = coordinator.clock()
         self._member: Member | None = None
         self._incoming: _Incoming | None = None
 
@@ -65,6 +66,11 @@ class Session:
         """Queue a message, with a version's weights before its ticket."""
         self._outbox.append((message, weights))
         self._outbox_filled.set()
+
+    def quiet_for(self, seconds: float) -> bool:
+        """Whether nothing was sent for so long, and nothing is about to be."""
+        idle_s = self._coordinator.clock() - self._sent_time
+        return not self._outbox_filled.is_set() and idle_s > seconds
 
     def end(self, reason: Reason, message: str) -> None:
         """End the stream with a refusal."""
@@ -125,6 +131,7 @@ class Session:
                 Reason.SLOW_READER, f"{len(data)} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"
             ) from None
         self._coordinator.figures.bytes_out += len(data)
+        self._sent_time = self._coordinator.clock()
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         """Handle what comes, until the worker ends its side."""

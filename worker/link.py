@@ -23,6 +23,10 @@ PROGRESS_S = 2.0
 QUEUED_MESSAGES = 4
 """Parts waiting to leave; more would be memory, fewer would leave gaps on the wire."""
 
+SILENCE_S = 15.0
+"""Without a message of the server that was waited for, or without room for one of
+ours: then the stream is given up. The server says something every few seconds."""
+
 _COMES_BACK = {Reason.SILENT, Reason.SLOW_READER, Reason.SERVER_ENDED}
 """Refusals that a new connection may mend."""
 
@@ -35,12 +39,17 @@ class Link:
     """One stream, from its opening to its end.
 
     A thread tells the server every two seconds how the worker gets on, however
-    long computing takes; `progress` says what.
+    long computing takes; `progress` says what. It also ends a stream on which
+    nothing comes any more: gRPC itself may take more than a minute to find out.
     """
 
     def __init__(self, address: str, progress: Callable[[], pb.Progress]) -> None:
         self._address = address
         self._progress = progress
+        self.silence_s = SILENCE_S
+        """May be set."""
+        self._waiting_since: float | None = time.monotonic()
+        self._given_up = ""
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(QUEUED_MESSAGES)
         self._closed = threading.Event()
         self._channel = rpc.connect(address)
@@ -54,12 +63,17 @@ class Link:
           Disconnected: The stream has ended.
         """
         data = frame(message, body)
+        began = time.monotonic()
         while True:
             try:
                 return self._outgoing.put(data, timeout=0.5)
             except queue.Full:
                 if not self._call.is_active():
                     raise Disconnected("while sending") from None
+                if time.monotonic() - began > self.silence_s:
+                    raise Disconnected(
+                        f"nothing could be sent for {self.silence_s:.0f} s"
+                    ) from None
 
     def receive(self) -> Iterator[Framed[pb.ServerMessage]]:
         """The server's messages, until it has said everything.
@@ -69,9 +83,14 @@ class Link:
           Disconnected: The stream broke.
         """
         try:
+            self._waiting_since = time.monotonic()
             for data in self._call:
+                self._waiting_since = None  # but for our own computing
                 yield unframe(pb.ServerMessage, data)
+                self._waiting_since = time.monotonic()
         except grpc.RpcError as error:
+            if self._given_up:
+                raise Disconnected(self._given_up) from None
             refusal = refusal_of(error)
             if refusal is not None and refusal.reason not in _COMES_BACK:
                 raise refusal from None
@@ -96,7 +115,11 @@ class Link:
             try:
                 self._outgoing.put_nowait(message)
             except queue.Full:
-                continue  # parts are on their way, and they are progress themselves
+                log.debug("parts are on their way, and they are progress themselves")
+            since = self._waiting_since
+            if since is not None and time.monotonic() - since > self.silence_s:
+                self._given_up = f"nothing was heard from the server for {self.silence_s:.0f} s"
+                self._call.cancel()
 
 
 class Patience:

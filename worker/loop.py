@@ -25,7 +25,7 @@ from headwater.protos.rpc import PROTOCOL
 from headwater.protos.wire import parts
 from headwater.worker.data import batch_rng
 from headwater.worker.gradient import Gradient, GradientFunction
-from headwater.worker.link import Disconnected, Link, Patience, refuse_older
+from headwater.worker.link import SILENCE_S, Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
 from headwater.worker.task import batch_sizes
@@ -162,6 +162,7 @@ class Worker:
 
     def _welcome(self, link: Link, welcome: pb.Welcome) -> None:
         self._patience.connected()
+        link.silence_s = max(SILENCE_S, welcome.session_timeout_s)
         self._hello.run_id = welcome.run_id
         for warning in welcome.warnings:
             log.warning("%s", warning)

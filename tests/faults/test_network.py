@@ -67,6 +67,7 @@ def test_a_partition_is_found_and_outlasted(cut_off, tmp_path):
         network.stalled = cut_off != "from the server"
         network.stalled_back = cut_off != "to the server"
         wait_for(lambda: names() == {"bob"}, "ann is missed", 25)
+        print(f"missed after {time.monotonic() - began:.1f} s")
         version = client.status()["version"]
         time.sleep(max(0.0, began + 35 - time.monotonic()))
         assert client.status()["version"] > version + 100, "bob goes on"

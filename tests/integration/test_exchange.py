@@ -347,6 +347,23 @@ def test_a_silent_stream_is_ended_and_one_that_speaks_is_not(start) -> None:
     assert lost <= {key(ticket) for ticket in speaking.heard("ticket")}
 
 
+def test_a_worker_that_waits_hears_of_the_server_and_one_that_computes_is_left_alone(start) -> None:
+    """Else waiting could not be told from a network that swallows what the server sends."""
+    run = start()
+    computing, waiting = run.joined("computing"), run.joined("waiting")
+    computing.ticket()
+    computing.progress(moving=True)
+    wait_for(lambda: run.state_of(computing) == "computing", "the server knows")
+    ticket, before = waiting.ticket(), len(computing.pulses)
+    run.client.pause()
+    waiting.push(ticket)
+
+    wait_for(lambda: len(waiting.pulses) >= 2, "the server is heard twice", 10.0)
+
+    assert waiting.pulses[-1].version == 0
+    assert len(computing.pulses) == before
+
+
 def test_an_endless_compilation_is_ended(start) -> None:
     run = start(compile_timeout_s=1.0)
     ready, compiling = run.joined(), run.worker().open()

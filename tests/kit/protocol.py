@@ -39,6 +39,10 @@ Part = tuple[int, bytes]
 """Offset and bytes of a slice of a gradient."""
 
 
+KINDS = ("welcome", "outcome", "weights", "lease", "ticket", "bye")
+"""The fields of a server's message, in the order in which they are to be read."""
+
+
 class Event(NamedTuple):
     """One field of a server's message: `kind` is its name. `size` counts the body's bytes."""
 
@@ -87,6 +91,8 @@ class BareWorker:
         """Of the newest message."""
         self.events: list[Event] = []
         """All that was heard on this stream, in order."""
+        self.pulses: list[pb.Stamp] = []
+        """Of the messages that said nothing else."""
         self._address = address
         self._channel: grpc.Channel | None = None
         self._call: Any = None
@@ -130,6 +136,7 @@ class BareWorker:
         self._ended = None
         self._unread.clear()
         self.events.clear()
+        self.pulses = []
         self.leased.clear()
         self.weights.restart()
         self._outgoing, self._incoming = queue.SimpleQueue(), queue.SimpleQueue()
@@ -137,7 +144,7 @@ class BareWorker:
         self._call = rpc.Stub(self._channel).Exchange(iter(self._outgoing.get, None))
         self._reader = threading.Thread(
             target=_read,
-            args=(self._call, self._may_read, self._incoming),
+            args=(self._call, self._may_read, self._incoming, self.pulses),
             name="bare-worker",
             daemon=True,
         )
@@ -349,17 +356,24 @@ def slices(data: bytes, size: int = PART_BYTES) -> list[Part]:
     return [(at, data[at : at + size]) for at in range(0, len(data), size)]
 
 
-def _read(call: Any, may_read: threading.Event, incoming: queue.SimpleQueue[Any]) -> None:
+def _read(
+    call: Any,
+    may_read: threading.Event,
+    incoming: queue.SimpleQueue[Any],
+    pulses: list[pb.Stamp],
+) -> None:
     """Put what comes into the queue, at last how it ended."""
     try:
         may_read.wait(TIMEOUT_S)
         for data in call:
             message, body = unframe(pb.ServerMessage, data)
-            for kind in ("welcome", "outcome", "weights", "lease", "ticket", "bye"):
-                if message.HasField(kind):
-                    here = body if kind == "weights" else None
-                    event = Event(kind, getattr(message, kind), len(here or b""))
-                    incoming.put((message.stamp, event, here))
+            kinds = [kind for kind in KINDS if message.HasField(kind)]
+            for kind in kinds:
+                here = body if kind == "weights" else None
+                event = Event(kind, getattr(message, kind), len(here or b""))
+                incoming.put((message.stamp, event, here))
+            if not kinds:
+                pulses.append(message.stamp)
         incoming.put(StreamEnded(grpc.StatusCode.OK, "", ""))
     except grpc.RpcError as error:
         metadata: Any = call.trailing_metadata() or ()
