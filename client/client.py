@@ -86,9 +86,14 @@ class Client:
 
     # ----------------------------------------------------------------- looking
 
-    def status(self) -> Status:
-        """How the run is doing: the values of `headwater status --json`."""
-        return as_dict(self._ask("GetStatus", pb.StatusRequest()))
+    def status(self, *, watches: bool = False) -> Status:
+        """How the run is doing: the values of `headwater status --json`.
+
+        Args:
+          watches: You will ask again within a second. A server that ends waits that
+            long for you, so that you may see how it ended.
+        """
+        return as_dict(self._ask("GetStatus", pb.StatusRequest(watches=watches)))
 
     def pull(self) -> Weights:
         """The newest version of the weights, whole."""

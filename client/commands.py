@@ -175,7 +175,7 @@ def _looks(client: Client, interval_s: float) -> Iterator[Status]:
     Raises:
       Unreachable: At the first look, or when the server is gone for a minute.
     """
-    found = client.status()
+    found = client.status(watches=True)
     heard, gone = time.monotonic(), False
     while True:
         yield found
@@ -185,7 +185,7 @@ def _looks(client: Client, interval_s: float) -> Iterator[Status]:
         while time.monotonic() < next_look or gone:
             time.sleep(min(ASK_S, interval_s))
             try:
-                found, gone = client.status(), False
+                found, gone = client.status(watches=True), False
                 heard = time.monotonic()
                 if found["state"] in OVER:
                     break

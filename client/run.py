@@ -189,7 +189,7 @@ class Training:
         with Client(address) as client:
             while server.status is None:
                 with contextlib.suppress(HeadwaterError):  # it may be ending
-                    status = client.status()
+                    status = client.status(watches=True)
                     self._display.show(status)
                     self._warn_of(status["problems"])
                     if evaluates and evaluator is None and status["version"] > 0:

@@ -1,4 +1,4 @@
-"""Who watches the run by asking for its status, so that they may see how it ends.
+"""Who watches the run by asking for its status again and again, to let them see how it ends.
 
 Pure: no I/O, no threads; time comes in as an argument.
 """

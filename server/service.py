@@ -123,7 +123,8 @@ class Service:
 
     @_answered
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
-        self._run.lookers.asked(context.peer(), self._run.clock())
+        if request.watches:
+            self._run.lookers.asked(context.peer(), self._run.clock())
         return status(self._run)
 
     @_answered

@@ -134,12 +134,13 @@ class Patience:
         self._first_s = first_s
         self._began = time.monotonic()
         self._said = self._began
-        self._connected_before = False
+        self.connected_before = False
+        """Whether there was a first connection."""
         self._pause_s = 0.1
         self._last_error = ""
 
     def connected(self) -> None:
-        self._connected_before = True
+        self.connected_before = True
         self._pause_s = 0.1
         self._began = self._said = time.monotonic()
 
@@ -150,7 +151,7 @@ class Patience:
           Unreachable: The first connection did not come about in time.
         """
         now = time.monotonic()
-        if not self._connected_before and now - self._began > self._first_s:
+        if not self.connected_before and now - self._began > self._first_s:
             raise Unreachable(
                 f"no Headwater server answers at {self._address} (tried for {self._first_s:.0f} s; "
                 f"the last error: {error}); start one with `headwater server`, or name another "

@@ -103,6 +103,11 @@ class Worker:
                         return
                 except Disconnected as broken:
                     self._patience.wait(str(broken), lambda: self._leaving)
+                except Refused as refusal:
+                    # Of a run that has the port of ours, which may get it yet.
+                    if refusal.reason is not Reason.WRONG_RUN or self._patience.connected_before:
+                        raise
+                    self._patience.wait(str(refusal), lambda: self._leaving)
                 else:
                     self._patience.wait("the server ended the stream", lambda: self._leaving)
         finally:

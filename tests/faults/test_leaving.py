@@ -162,3 +162,24 @@ def test_a_worker_of_one_run_is_no_worker_of_the_next(slow, tmp_path):
             assert new_run in last_line(ann)
             assert "Traceback" not in ann.errors
             assert client.status()["version"] == 0
+
+
+def test_a_worker_of_a_run_that_is_starting_waits_while_another_has_its_port(tmp_path):
+    """Those of `headwater run` know their run before its server answers."""
+    options = counting.options(batch_size=BATCH_SIZE)
+    mine = {"HEADWATER_RUN_ID": "20270101-120000-abcd"}
+    with (
+        server(TASK, *options, "--run-dir", "theirs", cwd=tmp_path) as (_, their_address),
+        Proxy(their_address) as network,
+        worker(TASK, network.address, *options, cwd=tmp_path, **mine) as ann,
+    ):
+        wait_for(lambda: "not 20270101-120000-abcd" in ann.errors, "it is told")
+        with (
+            server(TASK, *options, "--run-dir", "mine", cwd=tmp_path, **mine) as (_, my_address),
+            Client(my_address) as client,
+        ):
+            network.target = my_address
+            assert ann.wait() == 0, ann.errors
+            counting.assert_exactly_once(client)
+        with Client(their_address) as client:
+            assert client.status()["version"] == 0

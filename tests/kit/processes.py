@@ -108,10 +108,12 @@ def run(*arguments: str | Path, cwd: Path, timeout_s: float = 60.0, **environmen
 
 
 @contextlib.contextmanager
-def server(task: str | Path, *options: str | Path, cwd: Path) -> Iterator[tuple[Command, str]]:
+def server(
+    task: str | Path, *options: str | Path, cwd: Path, **environment: str
+) -> Iterator[tuple[Command, str]]:
     """A server process of the task on a free port, and its address, once it answers."""
     arguments = ("server", "--task", task, "--listen", "127.0.0.1:0", *options)
-    with Command(*arguments, cwd=cwd) as command:
+    with Command(*arguments, cwd=cwd, **environment) as command:
         address = wait_for(
             lambda: _address(command), "the server listens", START_TIMEOUT_S, lambda: command.errors
         )
@@ -125,10 +127,12 @@ def _address(command: Command) -> str:
 
 
 @contextlib.contextmanager
-def worker(task: str | Path, address: str, *options: str | Path, cwd: Path) -> Iterator[Command]:
+def worker(
+    task: str | Path, address: str, *options: str | Path, cwd: Path, **environment: str
+) -> Iterator[Command]:
     """A worker process."""
     arguments = ("worker", "--task", task, "--server", address, *options)
-    with Command(*arguments, cwd=cwd) as command:
+    with Command(*arguments, cwd=cwd, **environment) as command:
         yield command
 
 
