@@ -27,7 +27,7 @@ run: $(PRODUCT) ## train on handwritten digits here: one server, two workers (AR
 	@$(BIN)/headwater run --task headwater.examples.mnist --workers 2 $(ARGS)
 
 test: $(DEV) ## run the whole test suite, on all cores (ARGS: options of pytest)
-	@$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 soak: $(DEV) ## ten minutes of faults, at both levels of durability (SEED: the storm's, to repeat one)
 	@cd tests && for level in snapshot log; do \

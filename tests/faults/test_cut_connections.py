@@ -15,7 +15,7 @@ from kit.waiting import wait_for
 TASK = Path(counting.__file__)
 
 GRADIENT_BYTES = 4 * (4096 + 500_000)
-CUTS_EACH_WAY = 10
+CUTS_EACH_WAY = 6
 
 
 def test_a_run_outlasts_a_network_that_cuts_in_the_middle_of_parts(tmp_path):

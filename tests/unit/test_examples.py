@@ -106,7 +106,7 @@ def test_mnist_learns_in_a_few_updates() -> None:
 
     params = initial(task)
     before = task.evaluate(params)
-    params, losses = train(task, params, 60)
+    params, losses = train(task, params, 40)
     after = task.evaluate(params)
 
     assert losses[-1] < losses[0] / 2
