@@ -55,6 +55,7 @@ class Run:
         **options: Any,
     ) -> None:
         self._stack = stack
+        self._workers: list[BareWorker] = []
         made = counting.task(*task)
         self.hello = hello_of(made)
         self.server = stack.enter_context(Server(made, run_dir=run_dir, **options))
@@ -63,7 +64,15 @@ class Run:
         self.stub = rpc.Stub(channel)
 
     def worker(self, name: str = "") -> BareWorker:
-        return self._stack.enter_context(BareWorker(self.server.address, self.hello, name=name))
+        worker = BareWorker(self.server.address, self.hello, name=name)
+        self._workers.append(self._stack.enter_context(worker))
+        return worker
+
+    def dismiss(self) -> None:
+        """Cut all workers off."""
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
 
     def joined(self, name: str = "") -> BareWorker:
         worker = self.worker(name)
@@ -111,10 +120,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         yield lambda **options: Run(stack, tmp_path / "run", **options)
 
 
-@pytest.fixture
-def run(start: Callable[..., Run]) -> Run:
-    """One that has made two versions."""
-    run = start()
+def with_two_versions(run: Run) -> Run:
     with BareWorker(run.server.address, run.hello) as worker:
         worker.join()
         for _ in range(2):
@@ -122,6 +128,28 @@ def run(start: Callable[..., Run]) -> Run:
         leave(worker)
     wait_for(lambda: not run.status["workers"], "the worker that made them is gone")
     return run
+
+
+@pytest.fixture
+def run(start: Callable[..., Run]) -> Run:
+    """One that has made two versions."""
+    return with_two_versions(start())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with contextlib.ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("shared") / "run"
+        task = (EXAMPLES, 50, BATCH, PADDING)  # batches enough for all
+        yield with_two_versions(Run(stack, folder, task))
+
+
+@pytest.fixture
+def shared(made: Run) -> Iterator[Run]:
+    """The same run for all who are refused before they take part."""
+    yield made
+    made.dismiss()
+    wait_for(lambda: not made.status["workers"], "the workers are gone")
 
 
 @pytest.fixture
@@ -255,11 +283,11 @@ WRONG_HELLOS = {
 
 
 @pytest.mark.parametrize("what", WRONG_HELLOS)
-def test_a_worker_that_does_not_fit_is_told_what_differs(run: Run, what: str) -> None:
+def test_a_worker_that_does_not_fit_is_told_what_differs(shared: Run, what: str) -> None:
     overrides, reason, text = WRONG_HELLOS[what]
-    with unharmed(run):
-        assert_refused(run.worker().open(**overrides).end(), Reason[reason], text)
-        assert run.status["workers"] == []
+    with unharmed(shared):
+        assert_refused(shared.worker().open(**overrides).end(), Reason[reason], text)
+        assert shared.status["workers"] == []
 
 
 @pytest.mark.parametrize(
@@ -273,11 +301,11 @@ def test_a_worker_that_does_not_fit_is_told_what_differs(run: Run, what: str) ->
     ids=["name", "name of malformed", "dtype", "ten names"],
 )
 def test_a_refusal_is_told_briefly_however_long_what_was_sent(
-    run: Run, wrong: pb.Layout, reason: str
+    shared: Run, wrong: pb.Layout, reason: str
 ) -> None:
     """gRPC drops an error whose text is over 8 KiB, and its reason with it."""
-    with unharmed(run):
-        assert_refused(run.worker().open(layout=wrong).end(), Reason[reason], "layout|tensors")
+    with unharmed(shared):
+        assert_refused(shared.worker().open(layout=wrong).end(), Reason[reason], "layout|tensors")
 
 
 def test_a_layout_with_endless_axes_does_not_hold_the_server_up(run: Run) -> None:
@@ -319,9 +347,9 @@ NO_MESSAGES = {
 
 @pytest.mark.parametrize("what", NO_MESSAGES)
 @pytest.mark.parametrize("when", ["first", "after ready"])
-def test_bytes_that_are_no_message_end_the_stream(run: Run, what: str, when: str) -> None:
-    with unharmed(run):
-        worker = run.worker()
+def test_bytes_that_are_no_message_end_the_stream(shared: Run, what: str, when: str) -> None:
+    with unharmed(shared):
+        worker = shared.worker()
         if when == "first":
             worker.connect()
         else:
@@ -329,7 +357,7 @@ def test_bytes_that_are_no_message_end_the_stream(run: Run, what: str, when: str
             worker.ticket()
         worker.send_bytes(NO_MESSAGES[what])
         assert_refused(worker.end(), Reason.MALFORMED, ".+")
-        wait_for(lambda: not run.status["workers"], "it is out of the roster")
+        wait_for(lambda: not shared.status["workers"], "it is out of the roster")
 
 
 @pytest.mark.parametrize(
@@ -343,9 +371,9 @@ def test_bytes_that_are_no_message_end_the_stream(run: Run, what: str, when: str
     ],
     ids=["ready", "progress", "push", "part", "leave"],
 )
-def test_what_comes_before_hello_ends_the_stream(run: Run, data: bytes) -> None:
-    with unharmed(run):
-        worker = run.worker().connect()
+def test_what_comes_before_hello_ends_the_stream(shared: Run, data: bytes) -> None:
+    with unharmed(shared):
+        worker = shared.worker().connect()
         worker.send_bytes(data)
         assert_refused(worker.end(), Reason.MALFORMED, "first message .* is hello")
 
