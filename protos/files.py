@@ -25,8 +25,14 @@ class Disk:
         """A new, empty file, open for writing; an old one of this name is emptied."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
 
+    def reopen(self, path: Path, at: int) -> int:
+        """A file as it is, open for writing from byte `at` on."""
+        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        os.lseek(file, at, os.SEEK_SET)
+        return file
+
     def write(self, file: int, data: Buffer) -> int:
-        """Append; may write less than it was given. Returns how much."""
+        """Write on; may write less than it was given. Returns how much."""
         return os.write(file, data)
 
     def truncate(self, file: int, size: int) -> None:

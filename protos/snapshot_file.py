@@ -33,6 +33,10 @@ class SnapshotError(HeadwaterError):
     """The file cannot be used as a snapshot; names it, and says what is wrong."""
 
 
+class Unreadable(SnapshotError):
+    """The system does not give its bytes: it is missing, or barred, or the disk failed."""
+
+
 class NewerFormat(SnapshotError):
     """A later Headwater wrote it."""
 
@@ -115,8 +119,8 @@ def read(path: Path) -> Snapshot:
     """A snapshot, every bit of it checked.
 
     Raises:
-      SnapshotError: It is missing, damaged or no snapshot; NewerFormat when a
-        later Headwater wrote it.
+      SnapshotError: It is damaged or no snapshot; Unreadable when the system does not
+        give its bytes; NewerFormat when a later Headwater wrote it.
     """
     try:
         with path.open("rb") as file:
@@ -134,7 +138,7 @@ def read(path: Path) -> Snapshot:
     except FormatError as error:
         raise SnapshotError(f"{path}: {error}") from None
     except OSError as error:
-        raise SnapshotError(f"{path} cannot be read: {error.strerror}") from None
+        raise Unreadable(f"{path} cannot be read: {error.strerror}") from None
     except NewerFormat as error:
         raise NewerFormat(f"{path}: {error}") from None
     return Snapshot(facts, arrays)

@@ -9,6 +9,7 @@ first, because an update cannot be undone.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -20,6 +21,11 @@ from headwater.server import failpoints
 from headwater.server.admission import Ticket
 from headwater.server.journal import Journal
 from headwater.server.store import NotFinite, Published, Store
+
+log = logging.getLogger("headwater.server")
+
+CLOSE_TIMEOUT_S = 60.0
+"""For the updates that were submitted."""
 
 
 class Job(NamedTuple):
@@ -61,9 +67,11 @@ class Applier:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Finish what was submitted, then end the thread."""
+        """Finish what was submitted, then end the thread; a disk that hangs is not waited for."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            log.error("an update has not ended within %.0f s; leaving it", CLOSE_TIMEOUT_S)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

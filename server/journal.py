@@ -90,7 +90,9 @@ class Journal:
         self._ending = True
         self._work.release()
         self._thread.join(CLOSE_TIMEOUT_S)
-        if self._broken or self._thread.is_alive():
+        if self._thread.is_alive():
+            return  # an fsync hangs; the file is closed with the process
+        if self._broken:
             self._log.abandon()
         else:
             self._log.close()
@@ -116,19 +118,21 @@ class Journal:
         self._work.release()
 
     def _sync(self) -> None:
+        told = -1
         while True:
             self._work.acquire()
-            if self._ending:
+            if self._ending or self._broken:
                 return
-            if self._log.is_synced:
-                continue  # by the fsync for an earlier record
             try:
-                version = self._log.sync()
+                # Synced already: by the fsync for an earlier record, or for a new segment.
+                version = self._log.synced_version if self._log.is_synced else self._log.sync()
             except LogBroken as error:
                 self._broken = True
                 self._on_broken(str(error))
                 return
-            self._on_synced(version)
+            if version > told:
+                told = version
+                self._on_synced(version)
 
 
 def weights_crc(published: Published) -> int:

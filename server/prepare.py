@@ -9,11 +9,12 @@ import socket
 from typing import Any
 
 import jax
+import numpy as np
 
 from headwater.protos.errors import UsageError
 from headwater.protos.layout import LayoutError
 from headwater.protos.rpc import split_address
-from headwater.protos.snapshot_file import Facts
+from headwater.protos.snapshot_file import Facts, Snapshot
 from headwater.server import failpoints, update_log
 from headwater.server.config import ServerConfig
 from headwater.server.identity import RunIdentity
@@ -22,7 +23,7 @@ from headwater.server.order import BatchOrder
 from headwater.server.recovery import Recovered, recover
 from headwater.server.run_dir import RunDir
 from headwater.server.run_record import RunRecord
-from headwater.server.snapshots import Snapshots, arrays_of
+from headwater.server.snapshots import Snapshots, arrays_of, restored
 from headwater.server.store import NotFinite, Published, Store, initial
 from headwater.server.update_log import LogBroken, NoRoom, Recovery, UpdateLog
 from headwater.worker.load import LoadedTask
@@ -121,7 +122,7 @@ def _prepare(
         _begin(run_dir, snapshots, run, optimizer.text, store.current)
     else:
         record = run_dir.record.continued_as(record, str(run_dir.path))
-        recovered = _recover(loaded, optimizer, run, run_dir, snapshots, record.incarnation)
+        recovered = _recover(loaded, optimizer, order, run, run_dir, run_dir.record, snapshots)
         _check_epochs(order, recovered.store.current)
         evaluation = run_dir.cut_metrics(recovered.store.current.version)
     opened_log = _begin_log(config, run, run_dir, snapshots, optimizer.text, recovered)
@@ -164,33 +165,43 @@ def _begin(
     start: Published,
 ) -> None:
     """Make version 0 durable. The run exists once run.json does, which is written after it."""
-    if any(snapshots.versions()) or update_log.segments(run_dir.path):
+    if any(snapshots.versions()) or update_log.holds_records(run_dir.path):
         raise UsageError(
             f"{run_dir.path} holds snapshots of a run, but no run.json: it cannot be continued, "
             "and is not overwritten. Restore it from a copy, or name another --run-dir"
         )
+    update_log.remove_all(run_dir.path)  # begun by one that did not get as far as run.json
     _save(snapshots, run, optimizer_text, start)
 
 
 def _recover(
     loaded: LoadedTask,
     optimizer: AbstractOptimizer,
+    order: BatchOrder,
     run: RunIdentity,
     run_dir: RunDir,
+    before: RunRecord,
     snapshots: Snapshots,
-    incarnation: int,
 ) -> Recovered:
+    """The state that the incarnation before left, for `optimizer` to go on with."""
+    tree, incarnation = loaded.task.tree, before.incarnation + 1
+    old_total = dataclasses.replace(order, epochs=before.epochs).total
+    old = resolve(before.asked.get("optimizer") or loaded.task.optimizer, old_total)
     snapshot = snapshots.newest()
     recovery = Recovery(run_dir.path, _log_facts(run), snapshot.facts.version)
     try:
+        # With the optimizer that made the log's updates, or they would be others.
         recovered = recover(
-            snapshot,
-            recovery,
-            loaded.task.tree,
-            optimizer,
-            incarnation=incarnation,
-            software=run.software,
+            snapshot, recovery, tree, old, incarnation=incarnation, software=run.software
         )
+        if (old.text, old_total) != (optimizer.text, order.total):
+            store = recovered.store
+            facts, arrays = _snapshot_of(run, old.text, store.current)
+            state = restored(Snapshot(facts, arrays), tree, optimizer, incarnation)
+            if recovered.replayed:  # for once: a later recovery would not know with what
+                snapshots.save(facts, arrays)
+                update_log.remove_all(run_dir.path)
+            recovered = dataclasses.replace(recovered, store=Store(tree, optimizer, state))
     except NotFinite as error:
         raise UsageError(f"the run's snapshot has weights that are not finite: {error}") from None
     for warning in recovered.warnings:
@@ -217,8 +228,6 @@ def _begin_log(
         )
     if recovered.replayed:
         _save(snapshots, run, optimizer_text, current)  # the log is not gone on with
-    if recovered.replayed:
-        _save(snapshots, run, optimizer_text, current)  # the log is not gone on with
     if update_log.segments(run_dir.path):
         update_log.remove_all(run_dir.path)
     return None
@@ -237,25 +246,29 @@ def _log_facts(run: RunIdentity) -> dict[str, str]:
     return {"run_id": run.run_id, "layout": run.layout.fingerprint}
 
 
+def _snapshot_of(
+    run: RunIdentity, optimizer_text: str, published: Published
+) -> tuple[Facts, dict[str, np.ndarray]]:
+    arrays, prefix = arrays_of(run.layout, published)
+    facts = Facts(
+        run_id=run.run_id,
+        task=run.task.name,
+        incarnation=published.incarnation,
+        version=published.version,
+        applied=[list(pair) for pair in published.applied.pairs],
+        left_out=[list(pair) for pair in published.left_out.pairs],
+        optimizer=optimizer_text,
+        optimizer_prefix=prefix,
+        software=run.software,
+        tensors={},
+    )
+    return facts, arrays
+
+
 def _save(
     snapshots: Snapshots, run: RunIdentity, optimizer_text: str, published: Published
 ) -> None:
-    arrays, prefix = arrays_of(run.layout, published)
-    snapshots.save(
-        Facts(
-            run_id=run.run_id,
-            task=run.task.name,
-            incarnation=published.incarnation,
-            version=published.version,
-            applied=[list(pair) for pair in published.applied.pairs],
-            left_out=[list(pair) for pair in published.left_out.pairs],
-            optimizer=optimizer_text,
-            optimizer_prefix=prefix,
-            software=run.software,
-            tensors={},
-        ),
-        arrays,
-    )
+    snapshots.save(*_snapshot_of(run, optimizer_text, published))
 
 
 class PortTaken(UsageError):

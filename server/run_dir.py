@@ -200,7 +200,9 @@ class RunDir:
         return evaluation
 
     def close(self) -> None:
-        self._opened.close()
+        """Let the directory go. What the disk would not take was said when it was written."""
+        with contextlib.suppress(OSError):
+            self._opened.close()
 
 
 def _link_latest(target: Path) -> None:

@@ -23,7 +23,13 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from headwater.protos import files, snapshot_file
 from headwater.protos.errors import UsageError
 from headwater.protos.layout import Layout
-from headwater.protos.snapshot_file import Facts, NewerFormat, Snapshot, SnapshotError
+from headwater.protos.snapshot_file import (
+    Facts,
+    NewerFormat,
+    Snapshot,
+    SnapshotError,
+    Unreadable,
+)
 from headwater.server import failpoints
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
@@ -78,7 +84,7 @@ class Snapshots:
         """The newest whole snapshot. Damaged ones on the way are reported and set aside.
 
         Raises:
-          UsageError: There is none, or a later Headwater wrote it.
+          UsageError: There is none, or one cannot be read, or a later Headwater wrote it.
         """
         versions = self.versions()
         for version in reversed(versions):
@@ -87,6 +93,12 @@ class Snapshots:
                 return snapshot_file.read(path)
             except NewerFormat as error:
                 raise UsageError(str(error)) from None
+            except Unreadable as error:
+                # Perhaps only for now: to go back a version is not ours to decide.
+                raise UsageError(
+                    f"{error}; nothing was changed. Try again, or move it away to continue with "
+                    "the one before it"
+                ) from None
             except SnapshotError as error:
                 aside = path.with_name(f"{path.name}.damaged")
                 log.error("%s; set aside as %s", error, aside.name)

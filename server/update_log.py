@@ -22,6 +22,7 @@ import logging
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,10 +73,11 @@ class UpdateLog:
     ) -> None:
         self._folder = folder
         self._facts = facts
-        self._version = version
+        self._version = self._synced_version = version
         self._appended = self._synced = sequence
         self._size = self._head_size = 0
         self._rotate = False
+        self._broken: LogBroken | None = None
         self._sync_lock = threading.Lock()  # held while the file must stay open
         self._file = self._begin()
 
@@ -91,6 +93,11 @@ class UpdateLog:
         """Whether everything appended is durable."""
         return self._appended == self._synced
 
+    @property
+    def synced_version(self) -> int:
+        """That what is durable leads to."""
+        return self._synced_version
+
     def append(self, kind: Kind, *, version: int, gradient: memoryview, **values: Any) -> int:
         """Write a record, not yet durably; returns its sequence.
 
@@ -104,6 +111,7 @@ class UpdateLog:
           NoRoom: The disk is full; the record was not written.
           LogBroken: The disk failed.
         """
+        self._check()
         if self._rotate and self._size > self._head_size:
             self._next_segment()
         record = Record(
@@ -118,9 +126,9 @@ class UpdateLog:
             files.write_all(self._file, log_records.encode(record))
             files.write_all(self._file, gradient)
         except OSError as error:
-            with _breaking():
+            with self._breaking():
                 files.DISK.truncate(self._file, self._size)
-            raise _kind_of(error) from error
+            raise self._kind_of(error) from error
         self._size += log_records.RECORD_BYTES + len(gradient)
         self._appended, self._version = record.sequence, version
         failpoints.reach("log-appended")
@@ -132,11 +140,12 @@ class UpdateLog:
         Raises:
           LogBroken: It is not durable, and will not be.
         """
-        with self._sync_lock, _breaking():
+        with self._sync_lock, self._breaking():
+            self._check()
             # In this order: another thread appends, and sets the sequence first.
             version, sequence = self._version, self._appended
             files.DISK.sync(self._file)
-            self._synced = sequence
+            self._synced, self._synced_version = sequence, version
         failpoints.reach("log-synced")
         return version
 
@@ -150,11 +159,15 @@ class UpdateLog:
         found = segments(self._folder)
         for segment, following in itertools.pairwise(found):
             # Less, not equal: a batch left out at just that version makes no version.
-            # One that cannot be removed only takes room; it is tried again next time.
-            with contextlib.suppress(OSError, LogError):
+            try:
                 if _version(following) >= needed_from:
-                    break
+                    return
                 files.DISK.remove(segment.path)
+            except (OSError, LogError) as error:
+                # It only takes room, and is tried again next time. Not those after it,
+                # which would leave a gap.
+                log.warning("%s could not be removed: %s", segment.path, error)
+                return
 
     def close(self) -> None:
         """Say on disk that nothing is missing, and close.
@@ -184,17 +197,17 @@ class UpdateLog:
             # A file of this name holds no record, or ours would have another number.
             file = files.DISK.create(path)
         except OSError as error:
-            raise _kind_of(error) from error
+            raise self._kind_of(error) from error
         try:
             files.write_all(file, head)
-            with _breaking():
+            with self._breaking():
                 files.DISK.sync(file)
                 files.DISK.sync_folder(self._folder)
         except (OSError, LogBroken) as error:
             os.close(file)
             with contextlib.suppress(OSError):
                 files.DISK.remove(path)
-            raise _kind_of(error) from error
+            raise self._kind_of(error) from error
         self._size = self._head_size = len(head)
         return file
 
@@ -205,21 +218,30 @@ class UpdateLog:
             os.close(before)
         self._rotate = False
 
+    # --------------------------------------------------------------- failing
 
-def _kind_of(error: OSError | LogBroken) -> NoRoom | LogBroken:
-    if isinstance(error, LogBroken):
-        return error
-    text = error.strerror or str(error)
-    return NoRoom(text) if error.errno in _NO_ROOM else LogBroken(text)
+    def _check(self) -> None:
+        """What failed once is never believed again: a later fsync would say that all is well."""
+        if self._broken is not None:
+            raise self._broken
 
+    def _kind_of(self, error: OSError | LogBroken) -> NoRoom | LogBroken:
+        if isinstance(error, LogBroken):
+            return error
+        text = error.strerror or str(error)
+        if error.errno in _NO_ROOM:
+            return NoRoom(text)
+        self._broken = LogBroken(text)
+        return self._broken
 
-@contextlib.contextmanager
-def _breaking() -> Iterator[None]:
-    """No error in here leaves a usable log, a full disk neither."""
-    try:
-        yield
-    except OSError as error:
-        raise LogBroken(error.strerror or str(error)) from error
+    @contextlib.contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """No error in here leaves a usable log, a full disk neither."""
+        try:
+            yield
+        except OSError as error:
+            self._broken = LogBroken(error.strerror or str(error))
+            raise self._broken from error
 
 
 def segments(folder: Path) -> list[Segment]:
@@ -230,6 +252,19 @@ def segments(folder: Path) -> list[Segment]:
         if number.isdecimal():
             found.append(Segment(int(number), path))
     return sorted(found)
+
+
+def holds_records(folder: Path) -> bool:
+    """Whether there are updates in the log.
+
+    Raises:
+      OSError: It cannot be read.
+    """
+    return any(
+        segment.first > 1
+        or any(log_records.records_within(memoryview(segment.path.read_bytes()), 0))
+        for segment in segments(folder)
+    )
 
 
 def remove_all(folder: Path) -> None:
@@ -274,28 +309,45 @@ class Recovery:
         Raises:
           UsageError: The log is damaged, is of another run, or has a gap.
         """
-        found = segments(self._folder)
+        found = self._needed()
         for number, segment in enumerate(found):
             last = number == len(found) - 1
             if segment.path.stat().st_size == 0 and last:
-                self._cut(segment, 0, 0, "it was being begun")
+                self._remove(segment)
                 return
             # Not closed by hand: records that were read from it may still be about.
             with segment.path.open("rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            torn = yield from self._read(segment, data, first=number == 0, last=last)
-            if torn is not None:
-                self._cut(segment, *torn)
+            end = yield from self._read(segment, data, first=number == 0, last=last)
+            if end is not None:
+                self._settle(segment, data, *end)
+
+    def _needed(self) -> list[Segment]:
+        """The segments from the one on in which the snapshot's version was made.
+
+        Whatever is wrong with those before it, it is in the snapshot.
+        """
+        found = segments(self._folder)
+        for number in range(len(found) - 1, 0, -1):
+            # Less, not equal: a batch left out at just that version makes no version.
+            with contextlib.suppress(LogError):
+                if _version(found[number]) < self._version:
+                    return found[number:]
+        return found
 
     def _read(
         self, segment: Segment, data: memoryview, *, first: bool, last: bool
-    ) -> Generator[Record, None, tuple[int, int, str] | None]:
-        """Yields the records; returns what is to be cut: the byte, how many, and why."""
+    ) -> Generator[Record, None, tuple[int, int] | None]:
+        """Yields the records.
+
+        Returns, of the last segment, between which bytes it may not be on disk.
+        """
         try:
             facts, at = log_records.decode_head(data)
         except LogError as error:
             if last and not any(log_records.records_within(data, 0)):
-                return 0, len(data), "it was being begun"
+                self._remove(segment)
+                return None
             raise _damaged(segment, f"{error}") from None
         for name, value in self._facts.items():
             if facts.get(name) != value:
@@ -312,28 +364,40 @@ class Recovery:
             raise _damaged(
                 segment, f"records {self.sequence + 1} to {facts['sequence']} are missing"
             )
+        unsynced: deque[tuple[int, int]] = deque()  # records: sequence and first byte
         for found in log_records.read(data, at, self.sequence):
             if isinstance(found, Record):
+                unsynced.append((found.sequence, at))
+                while unsynced[0][0] <= found.synced:
+                    unsynced.popleft()
+                at += log_records.RECORD_BYTES + len(found.gradient)
                 self.sequence = found.sequence
                 if found.kind is not Kind.SYNCED:
                     yield found
-                continue
-            if found.damaged or (found.torn_bytes and not last):
+            elif found.damaged or (found.torn_bytes and not last):
                 raise _damaged(segment, f"it is not whole from byte {found.end} on")
-            if found.torn_bytes:
-                return found.end, found.torn_bytes, "it was being written"
-        return None
+        return (unsynced[0][1] if unsynced else at, at) if last else None
 
-    def _cut(self, segment: Segment, end: int, torn_bytes: int, why: str) -> None:
-        log.warning(
-            "%s: cut at byte %d; the %d bytes after it are of an update that was never "
-            "acknowledged (%s)", segment.path, end, torn_bytes, why,
-        )  # fmt: skip
-        if end == 0:
-            files.DISK.remove(segment.path)
-            return
-        file = os.open(segment.path, os.O_WRONLY)
+    def _remove(self, segment: Segment) -> None:
+        log.warning("%s: removed; it was being begun, and held no update", segment.path)
+        files.DISK.remove(segment.path)
+
+    def _settle(self, segment: Segment, data: memoryview, start: int, end: int) -> None:
+        """Cut the torn tail off, and have on disk what was found.
+
+        From `start` on it may have been found in memory alone: the process died before
+        its fsync, or the fsync failed, after which the system takes what it holds for
+        written. So it is written once more.
+        """
+        if torn_bytes := len(data) - end:
+            log.warning(
+                "%s: cut at byte %d; the %d bytes after it are of an update that was never "
+                "acknowledged", segment.path, end, torn_bytes,
+            )  # fmt: skip
+        again = bytes(data[start:end])
+        file = files.DISK.reopen(segment.path, start)
         try:
+            files.write_all(file, again)
             files.DISK.truncate(file, end)
             files.DISK.sync(file)
         finally:

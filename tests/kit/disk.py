@@ -21,6 +21,7 @@ import errno
 import fnmatch
 import json
 import os
+import secrets
 import shutil
 import time
 from collections import Counter
@@ -43,6 +44,12 @@ class FaultyDisk(Disk):
     def create(self, path: Path) -> int:
         self._check("create", path.name)
         file = super().create(path)
+        self._names[file] = path.name
+        return file
+
+    def reopen(self, path: Path, at: int) -> int:
+        self._check("reopen", path.name)
+        file = super().reopen(path, at)
         self._names[file] = path.name
         return file
 
@@ -111,7 +118,8 @@ class ForgetfulDisk(Disk):
 
     A file's bytes count from the end of its fsync, its name from that of its folder's.
     An fsync takes 30 ms, so that who does not wait for it is found out. What this disk
-    did not write itself counts as it is when its folder is synced.
+    did not write itself counts as it is when its folder is synced. What a process that was
+    killed had not fsynced is still in the file for the next, and still may be lost.
 
     Args:
       shadow: Where it is kept; `power_loss` puts it back.
@@ -119,15 +127,24 @@ class ForgetfulDisk(Disk):
 
     def __init__(self, shadow: Path) -> None:
         self._shadow = shadow
-        self._files: dict[int, int] = {}  # descriptor to a number of our own
-        self._names: dict[str, int] = {}
-        self._count = 0
+        self._files: dict[int, str] = {}  # descriptor to the file that has what was fsynced
+        self._names: dict[str, str] = {}  # the name in the folder to that file
+        self._foreign: set[str] = set()
         shadow.mkdir(exist_ok=True)
+        if (shadow / "names.json").exists():
+            self._names = json.loads((shadow / "names.json").read_text())
 
     def create(self, path: Path) -> int:
         file = super().create(path)
-        self._count += 1
-        self._files[file] = self._names[path.name] = self._count
+        self._files[file] = self._names[path.name] = secrets.token_hex(8)
+        return file
+
+    def reopen(self, path: Path, at: int) -> int:
+        file = super().reopen(path, at)
+        if path.name not in self._names:  # as a loss of power left it
+            self._names[path.name] = secrets.token_hex(8)
+            (self._shadow / self._names[path.name]).write_bytes(path.read_bytes())
+        self._files[file] = self._names[path.name]
         return file
 
     def rename(self, old: Path, new: Path) -> None:
@@ -142,24 +159,27 @@ class ForgetfulDisk(Disk):
         size = os.fstat(file).st_size
         time.sleep(0.03)
         super().sync(file)
-        kept = self._kept(self._files[file])
+        if file not in self._files:
+            return  # a folder
+        kept = self._shadow / self._files[file]
         have = kept.stat().st_size if kept.exists() else 0
         with Path(f"/proc/self/fd/{file}").open("rb") as source, kept.open("ab") as target:
+            target.truncate(min(have, size))
             source.seek(have)
-            target.write(source.read(size - have))
+            target.write(source.read(max(0, size - have)))
 
     def sync_folder(self, path: Path) -> None:
         for file in path.iterdir():
-            if file.name not in self._names and not file.name.startswith("."):
-                self._count += 1
-                self._names[file.name] = self._count
-                self._kept(self._count).write_bytes(file.read_bytes())
+            if file.name.startswith("."):
+                continue
+            if file.name not in self._names:
+                self._names[file.name] = secrets.token_hex(8)
+                self._foreign.add(file.name)
+            if file.name in self._foreign:
+                (self._shadow / self._names[file.name]).write_bytes(file.read_bytes())
         new = self._shadow / "names.new"
         new.write_text(json.dumps(self._names))
         new.replace(self._shadow / "names.json")
-
-    def _kept(self, number: int) -> Path:
-        return self._shadow / f"{os.getpid()}-{number}"
 
 
 def power_loss(folder: Path, shadow: Path) -> None:
@@ -167,7 +187,7 @@ def power_loss(folder: Path, shadow: Path) -> None:
     names = json.loads((shadow / "names.json").read_text())
     for path in folder.iterdir():
         path.unlink()
-    for name, number in names.items():
-        kept = list(shadow.glob(f"*-{number}"))
-        (folder / name).write_bytes(kept[0].read_bytes() if kept else b"")
+    for name, kept in names.items():
+        found = shadow / kept
+        (folder / name).write_bytes(found.read_bytes() if found.exists() else b"")
     shutil.rmtree(shadow)

@@ -391,3 +391,19 @@ def test_a_metric_that_is_not_finite_is_still_json() -> None:
         text = Path("mine/metrics.jsonl").read_text()
         assert "Infinity" not in text
         assert "NaN" not in text
+
+
+def test_a_directory_whose_disk_is_full_can_be_let_go(tmp_path: Path) -> None:
+    """What could not be written was said then; now the lock must be free for the next."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    run_dir = RunDir(folder, "mnist")
+    with pytest.raises(OSError, match="No space left"):
+        run_dir.log_metrics("progress", {"version": 1})
+
+    run_dir.close()
+
+    (folder / "metrics.jsonl").unlink()
+    with opened(folder) as again:
+        assert again.record is None

@@ -197,6 +197,21 @@ def test_the_newest_are_kept_and_the_others_removed(tmp_path: Path) -> None:
     assert snapshots.newest().facts.version == 12
 
 
+def test_a_newest_that_cannot_be_read_for_now_is_left_where_it_is(tmp_path: Path) -> None:
+    """Its version was called durable; to go back behind it is not the server's to decide."""
+    mine, snapshots = case(optax.sgd(0.1)), Snapshots(tmp_path, 3)
+    for position in range(2):
+        save(snapshots, mine, mine.move(position))
+    newest = snapshots.path(2)
+    newest.rename(tmp_path / "elsewhere")
+    newest.mkdir()  # nobody may read it, root neither
+
+    with pytest.raises(UsageError, match=r"cannot be read: Is a directory; nothing was changed"):
+        snapshots.newest()
+
+    assert snapshots.versions() == [1, 2]
+
+
 def test_a_damaged_newest_is_set_aside_and_the_one_before_it_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

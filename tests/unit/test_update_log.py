@@ -17,7 +17,7 @@ from headwater.protos.errors import UsageError
 from headwater.server import log_records
 from headwater.server.log_records import RECORD_BYTES, Kind, Record
 from headwater.server.update_log import LogBroken, NoRoom, Recovery, UpdateLog, segments
-from kit.disk import FaultyDisk, set_faults
+from kit.disk import FaultyDisk, ForgetfulDisk, power_loss, set_faults
 
 FACTS = {"run_id": "20270101-120000-abcd", "layout": "0123"}
 
@@ -176,7 +176,7 @@ def test_a_log_torn_at_any_byte_of_its_last_record_is_cut_there(
         (message,) = caplog.messages
         assert message == (
             f"{path}: cut at byte {end}; the {size - end} bytes after it are of an update that was "
-            "never acknowledged (it was being written)"
+            "never acknowledged"
         )
         assert path.read_bytes() == whole[:end]
         assert versions(tmp_path) == [1, 2], "the second time there is nothing to cut"
@@ -248,6 +248,54 @@ def test_a_loss_of_power_costs_nothing_that_was_synced(
     assert all(bytes(r.gradient) == bytes(gradient(r.version)) for r in found)
 
 
+def test_what_a_killed_process_had_not_fsynced_is_on_disk_once_it_was_recovered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next life builds on it, so it must not be lost with the power later on."""
+    folder, shadow = tmp_path / "run", tmp_path / "shadow"
+    folder.mkdir()
+    monkeypatch.setattr(files, "DISK", ForgetfulDisk(shadow))
+    with crashing(begin(folder)) as log:
+        for version in range(1, 7):
+            append(log, version)
+            if version == 3:
+                log.sync()
+    monkeypatch.setattr(files, "DISK", ForgetfulDisk(shadow))
+    assert versions(folder) == [1, 2, 3, 4, 5, 6]
+    with crashing(begin(folder, version=6, sequence=6)) as log:
+        append(log, 7)
+        log.sync()
+
+    power_loss(folder, shadow)
+
+    monkeypatch.setattr(files, "DISK", files.Disk())
+    assert versions(folder) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_was_fsynced_is_not_written_again(faults: Callable[..., None], tmp_path: Path) -> None:
+    """A log may be long; only what its last records do not call synced is in doubt."""
+    written(tmp_path, range(1, 50))
+    faults({"operation": "write", "room": 2 * (RECORD_BYTES + 40) - 1, "error": "ENOSPC"})
+
+    assert len(versions(tmp_path)) == 49
+
+
+def test_segments_that_the_snapshot_covers_may_be_damaged(tmp_path: Path) -> None:
+    with crashing(begin(tmp_path)) as log:
+        for version in range(1, 6):
+            append(log, version)
+            if version == 3:
+                log.snapshot_written(needed_from=0)
+    first = segments(tmp_path)[0].path
+    content = bytearray(first.read_bytes())
+    content[-60] ^= 1
+    first.write_bytes(content)
+
+    assert versions(tmp_path, version=5) == [4, 5]
+    with pytest.raises(UsageError, match="was damaged"):
+        recovered(tmp_path, version=2)
+
+
 @settings(max_examples=200, deadline=None)
 @given(junk=st.binary(max_size=300))
 def test_what_is_no_record_is_never_taken_for_one(junk: bytes) -> None:
@@ -311,6 +359,52 @@ def test_any_other_error_breaks_the_log(
 
     faults()
     assert versions(tmp_path)[:1] == [1]
+
+
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_a_broken_log_stays_broken(
+    operation: str, faults: Callable[..., None], tmp_path: Path
+) -> None:
+    """After a failed fsync the next one would say that all is well."""
+    with crashing(begin(tmp_path)) as log:
+        append(log, 1)
+        log.sync()
+        if operation == "write":
+            faults(
+                {"operation": "write", "error": "EIO", "room": 50},
+                {"operation": "truncate", "error": "EIO"},
+            )
+            with pytest.raises(LogBroken):
+                append(log, 2)
+        else:
+            append(log, 2)
+            faults({"operation": "sync", "error": "EIO"})
+            with pytest.raises(LogBroken):
+                log.sync()
+        faults()
+        log.snapshot_written(needed_from=0)
+        for attempt in (lambda: append(log, 3), log.sync):
+            with pytest.raises(LogBroken):
+                attempt()
+        assert not (operation == "sync" and log.is_synced)
+
+    assert versions(tmp_path)[:1] == [1]
+    assert len(segments(tmp_path)) == 1
+
+
+def test_a_segment_that_cannot_be_removed_keeps_those_after_it(
+    faults: Callable[..., None], tmp_path: Path
+) -> None:
+    """A gap could not be told from a loss."""
+    with crashing(begin(tmp_path)) as log:
+        for version in range(1, 10):
+            append(log, version)
+            log.snapshot_written(needed_from=0)
+        first = segments(tmp_path)[0].path.name
+        faults({"operation": "remove", "files": first, "error": "EIO"})
+        log.snapshot_written(needed_from=8)
+
+    assert versions(tmp_path) == list(range(1, 10))
 
 
 def test_a_segment_that_cannot_be_begun_is_tried_again(

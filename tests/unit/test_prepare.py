@@ -1,0 +1,116 @@
+"""Beginning a run and continuing it: what must hold whatever happened in between."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from headwater.protos import files
+from headwater.protos.errors import UsageError
+from headwater.server.config import ServerConfig
+from headwater.server.journal import weights_crc
+from headwater.server.log_records import Kind
+from headwater.server.prepare import Prepared, prepare
+from headwater.worker.load import LoadedTask
+from kit import counting
+
+
+def prepared(run_dir: Path, **options: Any) -> Prepared:
+    task = counting.task(examples=64, epochs=4, batch_size=8)
+    config = ServerConfig(listen="127.0.0.1:0", run_dir=run_dir, durability="log", **options)
+    return prepare(LoadedTask(task, "counting", {}, ""), config)
+
+
+def make_updates(run: Prepared, count: int) -> None:
+    """As the applier would, each logged and then applied."""
+    assert run.log is not None
+    for _ in range(count):
+        now = run.store.current
+        gradient = run.store.layout.empty()
+        gradient.view(np.float32)[:64] = -1.0
+        run.log.append(
+            Kind.UPDATE, version=now.version + 1, gradient=gradient.data,
+            position=len(now.applied), base=now.version, loss=1.0, weights_crc=weights_crc(now),
+        )  # fmt: skip
+        run.store.move(gradient, 1.0, len(now.applied))
+    run.log.sync()
+
+
+def crash(run: Prepared) -> None:
+    assert run.log is not None
+    run.log.abandon()
+    run.run_dir.close()
+
+
+def cells(run: Prepared) -> set[float]:
+    return set(np.asarray(run.store.current.leaves[0]).tolist())
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"optimizer": "sgd(1.0)"}, {"optimizer": "sgd(0.25)"}),
+        (
+            {"optimizer": "sgd(cosine_decay_schedule(1.0,total_updates))", "epochs": 1},
+            {"epochs": 4},
+        ),
+    ],
+    ids=["optimizer", "epochs"],
+)
+def test_acknowledged_updates_stay_what_they_were_under_another_optimizer(
+    first: dict[str, Any], then: dict[str, Any], tmp_path: Path
+) -> None:
+    run = prepared(tmp_path, **first)
+    make_updates(run, 5)
+    made = cells(run)
+    crash(run)
+
+    for _ in range(2):  # the second finds no log of the first's optimizer
+        run = prepared(tmp_path, **then)
+        assert (run.store.current.version, cells(run)) == (5, made)
+        assert not run.warnings
+        crash(run)
+
+    run = prepared(tmp_path)
+    make_updates(run, 1)
+    (before,), (after,) = made, cells(run)
+    if "optimizer" in then:
+        assert after == before + 0.25, "from here on with the new one"
+    crash(run)
+    run = prepared(tmp_path)
+    assert (run.store.current.version, cells(run)) == (6, {after})
+    crash(run)
+
+
+def test_a_run_that_found_no_room_for_its_record_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(files.Disk):
+        def rename(self, old: Path, new: Path) -> None:
+            if new.name == "run.json":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().rename(old, new)
+
+    monkeypatch.setattr(files, "DISK", Full())
+    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+        prepared(tmp_path)
+    monkeypatch.setattr(files, "DISK", files.Disk())
+
+    run = prepared(tmp_path)
+
+    make_updates(run, 1)
+    crash(run)
+
+
+def test_a_log_without_its_run_is_not_overwritten(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    make_updates(run, 1)
+    crash(run)
+    (tmp_path / "run.json").unlink()
+
+    with pytest.raises(UsageError, match=r"no run\.json: it cannot be continued"):
+        prepared(tmp_path)
