@@ -114,3 +114,25 @@ def replace_file(
 def temporary_prefix(path: Path) -> str:
     """How the temporary names of a file begin; a process that was killed may leave one."""
     return f".{path.name}-"
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they replaced a file have left of theirs.
+
+    Raises:
+      OSError: The disk is broken.
+    """
+    for leftover in path.parent.glob(f"{temporary_prefix(path)}*"):
+        DISK.remove(leftover)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there; their names survive, too.
+
+    Raises:
+      OSError: One cannot be made.
+    """
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        DISK.sync_folder(folder.parent)

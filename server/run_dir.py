@@ -56,10 +56,12 @@ class RunDir:
         """Of the incarnation before this one; None where the run is new."""
         with contextlib.ExitStack() as opened:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                files.make_folder(self.path)
                 self._lock: IO[str] = opened.enter_context((self.path / "lock").open("a+"))
                 self._metrics: IO[str] = opened.enter_context(self._metrics_path.open("a"))
                 self._take()
+                for file in (self._record_path, self._metrics_path, self.weights_path):
+                    files.remove_leftovers(file)
                 if self._record_path.exists():
                     text = self._record_path.read_text()
                     self.record = RunRecord.parse(text, str(self._record_path))

@@ -130,6 +130,7 @@ class ForgetfulDisk(Disk):
         self._files: dict[int, str] = {}  # descriptor to the file that has what was fsynced
         self._names: dict[str, str] = {}  # the name in the folder to that file
         self._foreign: set[str] = set()
+        self._folder: Path | None = None
         shadow.mkdir(exist_ok=True)
         if (shadow / "names.json").exists():
             self._names = json.loads((shadow / "names.json").read_text())
@@ -137,6 +138,7 @@ class ForgetfulDisk(Disk):
     def create(self, path: Path) -> int:
         file = super().create(path)
         self._files[file] = self._names[path.name] = secrets.token_hex(8)
+        self._folder = path.parent
         return file
 
     def reopen(self, path: Path, at: int) -> int:
@@ -169,7 +171,7 @@ class ForgetfulDisk(Disk):
             target.write(source.read(max(0, size - have)))
 
     def sync_folder(self, path: Path) -> None:
-        for file in path.iterdir():
+        for file in path.iterdir() if path == self._folder else ():
             if file.name.startswith("."):
                 continue
             if file.name not in self._names:

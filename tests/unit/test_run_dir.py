@@ -407,3 +407,13 @@ def test_a_directory_whose_disk_is_full_can_be_let_go(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").unlink()
     with opened(folder) as again:
         assert again.record is None
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("run.json", "metrics.jsonl", "weights.safetensors"):
+        (folder / f".{name}-01234567").touch()
+
+    with opened(folder):
+        assert {path.name for path in folder.iterdir()} == {"lock", "metrics.jsonl"}
