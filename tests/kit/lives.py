@@ -11,6 +11,7 @@ import dataclasses
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -145,8 +146,8 @@ class Witness:
         self._log_level = acknowledged_is_durable
         self._over = threading.Event()
         self._last = Look(0, 0, 0)
-        self._durable = 0
-        """The greatest version that was called durable in any life."""
+        self._durable: Counter[int] = Counter()
+        """The greatest version that was called durable, by the life that did."""
         self.broken: list[str] = []
         self.looks = 0
         self.pulls = 0
@@ -173,7 +174,7 @@ class Witness:
         """A worker was told APPLIED."""
         if self._log_level:
             with self._lock:
-                self._durable = max(self._durable, version)
+                self._durable[incarnation] = max(self._durable[incarnation], version)
 
     def see(self, stamp: Look) -> None:
         with self._lock:
@@ -183,11 +184,13 @@ class Witness:
                 self.broken.append(f"the incarnation went back: {last}, {stamp}")
             if stamp.incarnation == last.incarnation and stamp.version < last.version:
                 self.broken.append(f"the version went back within a life: {last}, {stamp}")
-            if stamp.incarnation > last.incarnation and stamp.version < self._durable:
-                self.broken.append(f"version {self._durable} was durable, and is lost: {stamp}")
+            # Of the lives before: its own may have gone on while this look was on its way.
+            before = max([0, *(v for i, v in self._durable.items() if i < stamp.incarnation)])
+            if stamp.version < before:
+                self.broken.append(f"version {before} was durable, and is lost: {stamp}")
             if stamp.durable > stamp.version:
                 self.broken.append(f"more is durable than there is: {stamp}")
-            self._durable = max(self._durable, stamp.durable)
+            self._durable[stamp.incarnation] = max(self._durable[stamp.incarnation], stamp.durable)
 
     def _watch(self) -> None:
         turn = 0
