@@ -48,7 +48,7 @@ def test_a_reply_that_is_lost_after_its_update_does_no_harm(tmp_path):
 @pytest.mark.parametrize("cut_off", ["to the server", "from the server", "both"])
 def test_a_partition_is_found_and_outlasted(cut_off, tmp_path):
     """35 s without FIN or RST, at the default timeouts; the others go on."""
-    task = {"examples": 4096, "epochs": 40, "batch_size": 4}
+    task = {"examples": 4096, "epochs": 16, "batch_size": 4}
     options = counting.options(**task, load_s=0.02, slow_while=tmp_path / "slow")
     (tmp_path / "slow").touch()
     with (
