@@ -138,7 +138,8 @@ def test_another_task_does_not_continue_a_run(tmp_path):
         )
 
 
-@pytest.mark.parametrize("level", [pytest.param("snapshot", marks=pytest.mark.slow), "log"])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["snapshot", "log"])
 def test_a_run_may_change_its_level_from_life_to_life(level, tmp_path):
     """What was acknowledged at `log` is there at `snapshot`, and the other way round."""
     other = {"snapshot": "log", "log": "snapshot"}[level]

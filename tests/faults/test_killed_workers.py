@@ -52,7 +52,9 @@ class Crew(contextlib.ExitStack):
         # A step is 10 ms of loading, half of it ahead, and 10 ms of computing.
         pytest.param({"batch_size": 8, "load_s": 0.01, "compute_s": 0.01}, None, id="working"),
         # A gradient of two parts takes 0.2 s on its way.
-        pytest.param({"batch_size": 32, "padding": 500_000}, 10e6, id="sending"),
+        pytest.param(
+            {"batch_size": 32, "padding": 500_000}, 10e6, id="sending", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_batch_counts_once_although_workers_are_killed(options, bytes_per_s, kills, tmp_path):

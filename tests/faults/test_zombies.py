@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from headwater.client.client import Client
 from kit import counting
 from kit.processes import Command, server, worker
@@ -92,6 +94,7 @@ def stopped(stage: Stage, *names: str) -> Iterator[None]:
         stage.workers[name].send(signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_silent_worker_loses_its_batches_and_comes_back(tmp_path):
     with stage(
         tmp_path, "--session-timeout", "3", batch_size=8, load_s=0.01, compute_s=0.04
@@ -159,6 +162,7 @@ def test_a_push_after_its_ticket_was_taken_back_is_refused(tmp_path):
         counting.assert_exactly_once(run.client)
 
 
+@pytest.mark.slow
 def test_nobody_loses_anything_because_the_server_stood_still(tmp_path):
     """It is stopped for longer than both timeouts."""
     with stage(
