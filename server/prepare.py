@@ -198,7 +198,7 @@ def _recover(
             store = recovered.store
             facts, arrays = _snapshot_of(run, old.text, store.current)
             state = restored(Snapshot(facts, arrays), tree, optimizer, incarnation)
-            if recovered.replayed:  # for once: a later recovery would not know with what
+            if recovered.replayed:  # a later recovery would replay with the new optimizer
                 snapshots.save(facts, arrays)
                 update_log.remove_all(run_dir.path)
             recovered = dataclasses.replace(recovered, store=Store(tree, optimizer, state))

@@ -85,7 +85,7 @@ class Link:
         try:
             self._waiting_since = time.monotonic()
             for data in self._call:
-                self._waiting_since = None  # but for our own computing
+                self._waiting_since = None  # what comes while we compute, we do not read
                 yield unframe(pb.ServerMessage, data)
                 self._waiting_since = time.monotonic()
         except grpc.RpcError as error:
