@@ -299,7 +299,10 @@ class Training:
 
     def _share_of_machine(self) -> dict[str, str]:
         """Environment that gives each process its share of the cores, and of a shared GPU."""
-        share = {"NPROC": str(max(1, core_count() // (self.workers + 1)))}
+        # In sync mode the number of workers must not show in the bits.
+        in_sync = (_option(self.server_options, "--consistency") or "").startswith("sync")
+        cores = 1 if in_sync else max(1, core_count() // (self.workers + 1))
+        share = {"NPROC": str(cores)}
         if self.platform != "cpu" and self.workers > 1:
             fraction = f"{0.9 / self.workers:.3f}"
             share["XLA_CLIENT_MEM_FRACTION"] = fraction

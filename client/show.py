@@ -57,12 +57,22 @@ def _status_rows(status: Status) -> Iterable[tuple[str, RenderableType]]:
     refused = ", ".join(f"{count:,} {why}" for why, count in status["rejected"].items() if count)
     yield "rejected", refused or "none"
     yield "workers", workers_line(status["workers"])
-    yield "optimizer", f"{status['optimizer']}, {status['consistency']}"
+    yield "optimizer", f"{status['optimizer']}, {_consistency(status)}"
     yield (
         "parameters",
         f"{status['parameters']:,}; {size(status['bytes_in'])} in, {size(status['bytes_out'])} out",
     )
     yield "directory", status["run_dir"]
+
+
+def _consistency(status: Status) -> str:
+    words = [status["consistency"]]
+    if status.get("staleness_policy", "none") not in ("", "none"):
+        words.append(f"staleness {status['staleness_policy']}")
+    if status.get("local_steps", 1) > 1:
+        inner = status["inner_optimizer"] or "the task's optimizer"
+        words.append(f"{status['local_steps']} local steps of {inner}")
+    return ", ".join(words)
 
 
 def _durable(status: Status) -> str:

@@ -28,6 +28,7 @@ class Reason(enum.Enum):
     PROTOCOL_MISMATCH = _Code.FAILED_PRECONDITION, "the two sides speak different protocols"
     TASK_MISMATCH = _Code.FAILED_PRECONDITION, "the two sides have different tasks"
     LAYOUT_MISMATCH = _Code.FAILED_PRECONDITION, "the two sides' tensors differ"
+    COMPUTE_MISMATCH = _Code.FAILED_PRECONDITION, "a worker would compute other bits"
     WRONG_RUN = _Code.FAILED_PRECONDITION, "the server keeps another run"
     OLD_INCARNATION = _Code.FAILED_PRECONDITION, "the server is older than what was seen of the run"
     MALFORMED = _Code.INVALID_ARGUMENT, "the message breaks the protocol"

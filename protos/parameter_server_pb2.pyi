@@ -179,8 +179,15 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., push_part: _Optional[_Union[PushPart, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "instance", "attempt", "run_id", "seen_incarnation", "task", "layout", "name", "host", "pid", "platform", "devices", "software")
+    __slots__ = ("protocol", "instance", "attempt", "run_id", "seen_incarnation", "task", "layout", "name", "host", "pid", "platform", "devices", "software", "compute")
     class SoftwareEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class ComputeEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -200,6 +207,7 @@ class Hello(_message.Message):
     PLATFORM_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     instance: int
     attempt: int
@@ -213,10 +221,11 @@ class Hello(_message.Message):
     platform: str
     devices: int
     software: _containers.ScalarMap[str, str]
-    def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    compute: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ..., compute: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings")
+    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -227,6 +236,8 @@ class Welcome(_message.Message):
     MAX_PART_BYTES_FIELD_NUMBER: _ClassVar[int]
     SESSION_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    INNER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     worker_id: int
     name: str
@@ -237,7 +248,9 @@ class Welcome(_message.Message):
     max_part_bytes: int
     session_timeout_s: float
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    local_steps: int
+    inner_optimizer: str
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("compile_s",)
@@ -254,7 +267,7 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Push(_message.Message):
-    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s")
+    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -268,13 +281,15 @@ class Push(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
     token: Token
     base: int
     incarnation: int
     loss: float
     metrics: _containers.ScalarMap[str, float]
     compute_s: float
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ...) -> None: ...
+    load_s: float
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class PushPart(_message.Message):
     __slots__ = ("token", "offset")
@@ -430,7 +445,7 @@ class StatusRequest(_message.Message):
     def __init__(self, watches: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every")
+    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -478,6 +493,10 @@ class StatusReply(_message.Message):
     BATCHES_ADMITTED_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_EVERY_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_POLICY_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    INNER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     run_id: str
     task: str
@@ -511,19 +530,44 @@ class StatusReply(_message.Message):
     batches_admitted: int
     durability: str
     snapshot_every: str
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ...) -> None: ...
+    staleness_policy: str
+    local_steps: int
+    inner_optimizer: str
+    times: Times
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ...) -> None: ...
+
+class Times(_message.Message):
+    __slots__ = ("wait_s", "load_s", "compute_s", "wire_s")
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    wait_s: float
+    load_s: float
+    compute_s: float
+    wire_s: float
+    def __init__(self, wait_s: _Optional[float] = ..., load_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., wire_s: _Optional[float] = ...) -> None: ...
 
 class Staleness(_message.Message):
-    __slots__ = ("mean", "p50", "p99", "max")
+    __slots__ = ("mean", "p50", "p99", "max", "histogram")
+    class HistogramEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
     MEAN_FIELD_NUMBER: _ClassVar[int]
     P50_FIELD_NUMBER: _ClassVar[int]
     P99_FIELD_NUMBER: _ClassVar[int]
     MAX_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
     mean: float
     p50: int
     p99: int
     max: int
-    def __init__(self, mean: _Optional[float] = ..., p50: _Optional[int] = ..., p99: _Optional[int] = ..., max: _Optional[int] = ...) -> None: ...
+    histogram: _containers.ScalarMap[int, int]
+    def __init__(self, mean: _Optional[float] = ..., p50: _Optional[int] = ..., p99: _Optional[int] = ..., max: _Optional[int] = ..., histogram: _Optional[_Mapping[int, int]] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("stale", "lease_lost", "duplicate", "nonfinite", "malformed")
@@ -540,7 +584,7 @@ class Rejected(_message.Message):
     def __init__(self, stale: _Optional[int] = ..., lease_lost: _Optional[int] = ..., duplicate: _Optional[int] = ..., nonfinite: _Optional[int] = ..., malformed: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "name", "host", "platform", "devices", "state", "gradients", "examples_per_second", "staleness_mean", "pid", "compute_s", "connected_s")
+    __slots__ = ("id", "name", "host", "platform", "devices", "state", "gradients", "examples_per_second", "staleness_mean", "pid", "compute_s", "connected_s", "staleness", "times", "leased")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -553,6 +597,9 @@ class WorkerStatus(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_S_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_FIELD_NUMBER: _ClassVar[int]
     id: int
     name: str
     host: str
@@ -565,7 +612,10 @@ class WorkerStatus(_message.Message):
     pid: int
     compute_s: float
     connected_s: float
-    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., gradients: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., staleness_mean: _Optional[float] = ..., pid: _Optional[int] = ..., compute_s: _Optional[float] = ..., connected_s: _Optional[float] = ...) -> None: ...
+    staleness: Staleness
+    times: Times
+    leased: int
+    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., gradients: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., staleness_mean: _Optional[float] = ..., pid: _Optional[int] = ..., compute_s: _Optional[float] = ..., connected_s: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., leased: _Optional[int] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ()

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,9 @@ class Facts:
     """[start, end) ranges of the positions of batches that are done with."""
     left_out: Pairs
     """Those of them that moved nothing."""
+    settings: Mapping[str, Any]
+    """What could be changed while the run trained, as it stood: consistency, numbers of the
+    optimizer, and the like."""
     optimizer: str
     """Its expression, or a description."""
     optimizer_prefix: str

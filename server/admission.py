@@ -1,28 +1,49 @@
 """Who may compute what, at which version, and whose gradient moves the weights.
 
-A worker asks; it is given a ticket for one batch at the current version when a
-batch is pending and a staging slot is free. A gradient that comes with its
+A worker asks; it is given a ticket for one batch when a batch is pending, a
+staging slot is free, and the dial allows it. A gradient that comes with its
 ticket is held, and applied in its turn. Everything a worker did not finish goes
 back when it is lost.
 
-Asynchronous training is the only rule so far: every gradient is applied, in
-order of arrival, whatever its staleness. The bound of bounded staleness belongs
-in `_base_for` and `_next`, which see every base that is out.
+With a bound K, a ticket is granted only if, once it is out, all gradients under
+way could still be applied without one being older than K:
 
-A pure state machine: no I/O, no threads; time comes in as an argument.
+    ok(V, bases): V + i <= b + K for the i-th smallest base b
+
+and the fast are held back rather than the slow refused: a gradient is applied,
+the oldest base first, only if ok holds for the others afterwards. The one with
+the smallest base can always be applied, so nobody waits longer than a ticket lives.
+
+In sync mode the lowest N unapplied batches of the epoch are a group, all at one
+version, and the group is applied together. A worker that finds nothing to do
+gets the batch that somebody else has been at for unusually long, and the first
+result counts (backup workers: Chen et al. 2016, "Revisiting Distributed
+Synchronous SGD"). What is summed does not depend on who was first.
+
+A pure state machine: no I/O, no threads; time comes in as an argument. "Version"
+is that of the published weights; those that are on their way are counted here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import math
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
+from headwater.server.dial import Dial
 from headwater.server.ledger import Ledger, WorkerId
 from headwater.server.ranges import Ranges
 
 LEASE_SIZE = 8
-"""Batches reserved for a worker, so that it can load their data ahead."""
+"""Batches reserved for a worker, so that it can load their data ahead, unless it asks for more."""
+
+BACKUP_AFTER = 2.0
+"""Median steps that a batch of a group takes before an idle worker gets it as well."""
+
+_STEPS = 64
+"""Recent steps that the median is taken of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +67,28 @@ class Grant:
     """Who held the ticket's batch in reserve until now."""
 
 
+class Unwanted(enum.Enum):
+    """Why the gradient of a ticket will not be used, though its worker did nothing wrong."""
+
+    STALE = "older than the dial allows"
+    DUPLICATE = "somebody else was first"
+
+
+@dataclasses.dataclass
+class _Request:
+    """A worker's wish for a ticket."""
+
+    deadline_s: float
+    reserve: int
+
+
 @dataclasses.dataclass
 class _Out:
     """A ticket whose gradient has not come yet."""
 
     ticket: Ticket
     deadline_s: float
+    issued_time: float
     last_progress: float
 
 
@@ -60,9 +97,10 @@ class Admission:
 
     Args:
       ledger: Moved by this object alone from here on.
-      slots: Gradients that staging memory can hold, at least 1: tickets, held
-        and applying together never exceed it.
+      slots: Gradients that staging memory can hold, at least 1, and in sync mode
+        at least a group: tickets, held and applying together never exceed it.
       avoid: The batches that a worker should not be given (see refusals.py).
+      dial: See `set_dial`.
     """
 
     def __init__(
@@ -70,27 +108,35 @@ class Admission:
         ledger: Ledger,
         slots: int,
         avoid: Callable[[WorkerId], Collection[int]] = lambda worker: (),
+        dial: Dial = Dial(),  # noqa: B008  (frozen)
     ) -> None:
         self.ledger = ledger
         self.paused = False
+        self.dial = dial
+        self.drop_over: int | None = None
+        """Staleness above which a gradient is refused when its turn comes."""
         self._slots = slots
         self._avoid = avoid
-        self._waiting: dict[WorkerId, float] = {}  # to the seconds of its deadline, in order
+        self._waiting: dict[WorkerId, _Request] = {}  # in order
         self._out: dict[int, _Out] = {}
-        self._held: deque[Ticket] = deque()
-        self._applying: dict[int, Ticket] = {}
+        self._unwanted: dict[int, tuple[WorkerId, Unwanted]] = {}  # still under way, for nothing
+        self._held: list[Ticket] = []  # in order of arrival
+        self._checked: set[int] = set()  # of those held in a group
+        self._applying: list[tuple[Ticket, ...]] = []
+        self._overtaken: set[int] = set()  # were being applied when the dial was set
         self._issued = 0
+        self._steps: deque[float] = deque(maxlen=_STEPS)
 
     # ------------------------------------------------------------- looking
 
     @property
     def bases(self) -> list[int]:
-        """Of all gradients under way: ticketed, held and applying."""
-        return sorted(t.base for t in self._all())
+        """Of all gradients that are awaited or held."""
+        return sorted(t.base for t in self._under_way())
 
     @property
     def applying_count(self) -> int:
-        """Gradients on their way into the weights, which nothing can stop."""
+        """Updates on their way into the weights, which nothing can stop."""
         return len(self._applying)
 
     @property
@@ -103,57 +149,160 @@ class Admission:
         out = self._out.get(number)
         return out.ticket if out else None
 
+    def is_held(self, ticket: Ticket) -> bool:
+        """Whether its gradient waits for its turn."""
+        return ticket in self._held
+
     def tickets_of(self, worker: WorkerId) -> list[Ticket]:
         return [o.ticket for o in self._out.values() if o.ticket.worker == worker]
 
+    def backup_time(self) -> float | None:
+        """When the first of those who wait may get somebody else's batch; None: not for now."""
+        if self.paused or self._applying or not self._has_slot():
+            return None
+        found = [oldest for worker in self._waiting if (oldest := self._oldest(worker))]
+        return min(map(self._backup_due, found), default=None)
+
     # -------------------------------------------------------------- moving
 
-    def request(self, worker: WorkerId, deadline_s: float) -> None:
-        """The worker is ready for a ticket, which may go `deadline_s` without progress."""
-        self._waiting[worker] = deadline_s
+    def request(self, worker: WorkerId, deadline_s: float, reserve: int = LEASE_SIZE) -> None:
+        """The worker is ready for a ticket.
+
+        Args:
+          worker: Who.
+          deadline_s: Seconds that the ticket may go without progress.
+          reserve: Batches leased to the worker, at most; its next ticket's is one of them.
+        """
+        self._waiting[worker] = _Request(deadline_s, max(1, reserve))
 
     def grants(self, version: int, now: float) -> list[Grant]:
         """Issue what can be issued; workers that asked first come first."""
         found = []
         for worker in list(self._waiting):
-            if self.paused or sum(1 for _ in self._all()) >= self._slots:
+            if self.paused or not self._has_slot() or not self._may_begin(version):
                 break
             grant = self._grant(worker, version, now)
             if grant:
                 found.append(grant)
         return found
 
-    def hold(self, number: int) -> Ticket:
+    def hold(self, number: int, now: float) -> Ticket:
         """The whole gradient for this ticket, which must be outstanding, has come."""
-        ticket = self._out.pop(number).ticket
+        out = self._out.pop(number)
+        ticket = out.ticket
+        self._steps.append(now - out.issued_time)
         self.ledger.admit(ticket.position)
         self._held.append(ticket)
+        for other in [o.ticket for o in self._out.values()]:
+            if other.position == ticket.position:
+                self._disown(other, Unwanted.DUPLICATE)
         return ticket
 
-    def next_to_apply(self) -> Ticket | None:
-        """Take the gradient whose turn it is; None when paused or nothing is held."""
+    def checked(self, ticket: Ticket) -> None:
+        """The gradient is finite: if it is held, in sync mode, it may be applied with its group."""
+        if ticket in self._held:
+            self._checked.add(ticket.number)
+
+    def too_stale(self, version: int) -> list[Ticket]:
+        """Take back what is held and must not be applied; to be called before `next_to_apply`.
+
+        That is what is older than `drop_over`, and what is left of a group that
+        failed and was begun under an earlier dial: nothing was kept free for it.
+        """
+        late = [ticket for ticket in self._held if self._is_late(ticket, version)]
+        for ticket in late:
+            self.refuse(ticket)
+        return late
+
+    def next_to_apply(self, version: int) -> tuple[Ticket, ...] | None:
+        """Take the gradients whose turn it is, in the order of their batches.
+
+        None when paused, when nothing is held, or when what is held has to wait for
+        others: for an older one under way, or for the rest of its group.
+        """
         if self.paused or not self._held:
             return None
-        ticket = self._next()
-        self._applying[ticket.number] = ticket
-        return ticket
+        in_groups = self.dial.group is not None
+        update = self._whole_group() if in_groups else self._oldest_held(version)
+        for ticket in update:
+            self._held.remove(ticket)
+            self._checked.discard(ticket.number)
+        if update:
+            self._applying.append(update)
+        return update or None
 
-    def settle(self, ticket: Ticket, applied: Ranges) -> None:
-        """The gradient's update, or its being left out, was published."""
-        del self._applying[ticket.number]
-        self.ledger.settle(ticket.position, applied)
+    def leave_out(self, ticket: Ticket) -> None:
+        """The held or applying gradient counts as applying from now on: as a batch left out."""
+        if ticket in self._held:
+            self._held.remove(ticket)
+            self._checked.discard(ticket.number)
+        else:
+            self._stop_applying(ticket)
+        self._applying.append((ticket,))
+
+    def settle(self, update: tuple[Ticket, ...], applied: Ranges) -> None:
+        """The update, or its being left out, was published."""
+        self._applying.remove(update)
+        self.ledger.settle([ticket.position for ticket in update], applied)
 
     def refuse(self, ticket: Ticket) -> None:
-        """The gradient, awaited or being applied, is not to be used: its batch is pending again."""
-        if self._applying.pop(ticket.number, None) is None:
-            del self._out[ticket.number]
-        self.ledger.give_back(ticket.position)
+        """The gradient, awaited, held or being applied, is not to be used: its batch goes back."""
+        if self._out.pop(ticket.number, None) is None:
+            if ticket in self._held:
+                self._held.remove(ticket)
+                self._checked.discard(ticket.number)
+            else:
+                self._stop_applying(ticket)
+        self._give_back(ticket)
 
     def lost(self, worker: WorkerId) -> list[Ticket]:
         """The worker is gone: tickets and leases go back; gradients it finished stay."""
         self._waiting.pop(worker, None)
         self.ledger.release(worker)
+        self._unwanted = {n: found for n, found in self._unwanted.items() if found[0] != worker}
         return [self._void(t.number) for t in self.tickets_of(worker)]
+
+    def unwanted(self, number: int, worker: WorkerId) -> Unwanted | None:
+        """Why the worker's gradient is not used; None where it never had such a ticket. Once."""
+        found = self._unwanted.get(number)
+        if found is None or found[0] != worker:
+            return None
+        del self._unwanted[number]
+        return found[1]
+
+    def set_dial(self, dial: Dial, version: int) -> list[Ticket]:
+        """Hold to another dial from now on.
+
+        Keeps what could have come about under it: to bounded, what fits, finished
+        gradients before awaited ones; to sync, what was begun at this version within
+        the group. All else goes back: awaited tickets will be `unwanted`.
+
+        Returns:
+          The held gradients that went back.
+        """
+        if dial == self.dial:
+            return []
+        was_sync, self.dial = self.dial.group is not None, dial
+        self._overtaken = {ticket.number for update in self._applying for ticket in update}
+        held, self._held = self._held, []
+        out, self._out = self._out, {}
+        if dial.group is not None:
+            # Unless they were checked, held ones would have to be now.
+            keep = self._in_group(version, (*(held if was_sync else ()), *_tickets(out)))
+        else:
+            keep = self._fitting(version, (*held, *_tickets(out)))
+        self._held = [ticket for ticket in held if ticket in keep]
+        self._out = {number: o for number, o in out.items() if o.ticket in keep}
+        late = [ticket for ticket in held if ticket not in keep]
+        kept = {ticket.position for ticket in keep}
+        for ticket in _tickets(out):
+            if ticket not in keep:
+                why = Unwanted.DUPLICATE if ticket.position in kept else Unwanted.STALE
+                self._unwanted[ticket.number] = ticket.worker, why
+        self._checked -= {ticket.number for ticket in late}
+        for position in {ticket.position for ticket in (*late, *_tickets(out))} - kept:
+            self.ledger.give_back(position)
+        return late
 
     # ---------------------------------------------------------------- time
 
@@ -175,27 +324,122 @@ class Admission:
         for out in self._out.values():
             # Progress made in the meantime has moved its deadline already.
             out.last_progress = min(out.last_progress + seconds, now)
+            out.issued_time = min(out.issued_time + seconds, now)
 
-    # ------------------------------------------------------------ privately
+    # ------------------------------------------------------- privately: bounds
 
-    def _all(self) -> list[Ticket]:
-        out = [o.ticket for o in self._out.values()]
-        return [*out, *self._held, *self._applying.values()]
+    def _under_way(self) -> list[Ticket]:
+        return [*_tickets(self._out), *self._held]
 
-    def _base_for(self, version: int) -> int | None:
-        return version
+    def _has_slot(self) -> bool:
+        applying = sum(len(update) for update in self._applying)
+        return len(self._out) + len(self._held) + applying < self._slots
 
-    def _next(self) -> Ticket:
-        return self._held.popleft()
+    def _clock(self, version: int) -> int:
+        """The version when all that is being applied will have been."""
+        return version + len(self._applying)
+
+    def _ok(self, version: int, bases: Iterable[int]) -> bool:
+        """Whether gradients of these bases can all be applied from `version` on, in some order."""
+        if self.dial.bound is None:
+            return True
+        return all(version + i <= base + self.dial.bound for i, base in enumerate(sorted(bases)))
+
+    def _may_begin(self, version: int) -> bool:
+        """Whether a gradient may be begun at the published version."""
+        if self.dial.group is not None:
+            return not self._applying  # all of a group are at one version
+        return self._ok(self._clock(version), (*self.bases, version))
+
+    def _oldest_held(self, version: int) -> tuple[Ticket, ...]:
+        ticket = min(self._held, key=lambda t: t.base)  # the first to come of those
+        others = [t.base for t in self._under_way() if t is not ticket]
+        return (ticket,) if self._ok(self._clock(version) + 1, others) else ()
+
+    def _is_late(self, ticket: Ticket, version: int) -> bool:
+        if ticket.number in self._overtaken:
+            return True
+        if self.drop_over is None or self.paused or self.dial.group is not None:
+            return False
+        return self._clock(version) - ticket.base > self.drop_over
+
+    def _fitting(self, version: int, tickets: Iterable[Ticket]) -> set[Ticket]:
+        """Those that a bound allows together; no batch twice. Earlier ones go first."""
+        # Unit jobs with deadlines are a matroid: to take what still fits, in order of
+        # preference, gives the best set there is.
+        keep: dict[int, Ticket] = {}
+        for ticket in tickets:
+            if ticket.position not in keep and self._ok(
+                self._clock(version), [t.base for t in (*keep.values(), ticket)]
+            ):
+                keep[ticket.position] = ticket
+        return set(keep.values())
+
+    # ------------------------------------------------------- privately: groups
+
+    def _group(self) -> list[int]:
+        """The batches of the next update."""
+        return self.ledger.lowest_unapplied(self.dial.group or 0)
+
+    def _whole_group(self) -> tuple[Ticket, ...]:
+        have = {t.position: t for t in self._held if t.number in self._checked}
+        group = self._group()
+        return tuple(have[p] for p in group) if have.keys() >= set(group) else ()
+
+    def _in_group(self, version: int, tickets: Iterable[Ticket]) -> set[Ticket]:
+        group = set() if self._applying else set(self._group())
+        keep: dict[int, Ticket] = {}
+        for ticket in tickets:
+            if ticket.base == version and ticket.position in group:
+                keep.setdefault(ticket.position, ticket)
+        return set(keep.values())
+
+    def _group_batch(self, worker: WorkerId) -> int | None:
+        """The batch of the group that the worker should compute, if one is free.
+
+        One of its reserve, whose data it has perhaps; or else one that nobody has.
+        """
+        avoid = self._avoid(worker)
+        begun = {t.position for t in self._under_way()}
+        free = [p for p in self._group() if p not in begun and p not in avoid]
+        reserved = [p for p in self.ledger.leased_to(worker) if p in free]
+        pending = [p for p in free if self.ledger.state(p) is None]
+        return min(reserved or pending or free, default=None)
+
+    def _oldest(self, worker: WorkerId) -> _Out | None:
+        """The ticket out longest, of those whose batch just one other than the worker computes."""
+        if self.dial.group is None or not self._steps:
+            return None
+        count: dict[int, int] = {}
+        for out in self._out.values():
+            count[out.ticket.position] = count.get(out.ticket.position, 0) + 1
+        avoid = self._avoid(worker)
+        others = [
+            out
+            for out in self._out.values()
+            if count[out.ticket.position] == 1
+            and out.ticket.worker != worker
+            and out.ticket.position not in avoid
+        ]
+        return min(others, key=lambda out: out.issued_time, default=None)
+
+    def _backup_due(self, out: _Out) -> float:
+        return out.issued_time + BACKUP_AFTER * sorted(self._steps)[len(self._steps) // 2]
+
+    def _backup(self, worker: WorkerId, version: int, now: float) -> Grant | None:
+        """A second ticket for a batch that takes unusually long."""
+        oldest = self._oldest(worker)
+        if oldest is None or now < self._backup_due(oldest):
+            return None
+        position = oldest.ticket.position
+        return Grant(self._issue(worker, position, version, now), (position,))
+
+    # ------------------------------------------------------ privately: tickets
 
     def _grant(self, worker: WorkerId, version: int, now: float) -> Grant | None:
-        base = self._base_for(version)
-        if base is None:
-            return None
-        leased: list[int] = []
-        reserve = len(self.ledger.leased_to(worker))
-        if reserve <= LEASE_SIZE // 2:  # few, larger top-ups: each costs a message field
-            leased = self.ledger.lease(worker, LEASE_SIZE - reserve, self._avoid(worker))
+        if self.dial.group is not None:
+            return self._grant_in_group(worker, version, now)
+        leased = self._top_up(worker, self._waiting[worker].reserve)
         position = self.ledger.take(worker)
         holder = None
         if position is None:
@@ -205,12 +449,63 @@ class Admission:
             holder, position = moved
             leased = [position]
             self.ledger.take(worker)
+        return Grant(self._issue(worker, position, version, now), tuple(leased), holder)
+
+    def _grant_in_group(self, worker: WorkerId, version: int, now: float) -> Grant | None:
+        position = self._group_batch(worker)
+        if position is None:
+            return self._backup(worker, version, now)
+        # A larger share would be taken from this worker before it came to it.
+        workers = len({t.worker for t in self._under_way()} | self._waiting.keys())
+        share = math.ceil((self.dial.group or 1) / max(1, workers))
+        leased = self._top_up(worker, min(self._waiting[worker].reserve, share))
+        holder = None
+        if self.ledger.state(position) is None:
+            # Only where the worker's reserve is full of batches of later groups.
+            leased += self.ledger.lease(worker, 1, self._avoid(worker))
+        elif position not in self.ledger.leased_to(worker):
+            holder = self.ledger.move(position, worker)
+            leased.append(position)
+        self.ledger.take(worker, position)
+        return Grant(self._issue(worker, position, version, now), tuple(leased), holder)
+
+    def _top_up(self, worker: WorkerId, size: int) -> list[int]:
+        reserve = len(self.ledger.leased_to(worker))
+        if reserve > size // 2:  # few, larger top-ups: each costs a message field
+            return []
+        return self.ledger.lease(worker, size - reserve, self._avoid(worker))
+
+    def _issue(self, worker: WorkerId, position: int, version: int, now: float) -> Ticket:
         self._issued += 1
-        ticket = Ticket(self._issued, worker, position, base)
-        self._out[ticket.number] = _Out(ticket, self._waiting.pop(worker), now)
-        return Grant(ticket, tuple(leased), holder)
+        ticket = Ticket(self._issued, worker, position, version)
+        deadline_s = self._waiting.pop(worker).deadline_s
+        self._out[ticket.number] = _Out(ticket, deadline_s, now, now)
+        return ticket
 
     def _void(self, number: int) -> Ticket:
         ticket = self._out.pop(number).ticket
-        self.ledger.give_back(ticket.position)
+        self._give_back(ticket)
         return ticket
+
+    def _disown(self, ticket: Ticket, why: Unwanted) -> None:
+        """Its gradient may still come, and is not used."""
+        del self._out[ticket.number]
+        self._unwanted[ticket.number] = ticket.worker, why
+
+    def _stop_applying(self, ticket: Ticket) -> None:
+        """It was found unfit just before its update, which then does not come about."""
+        update = next(update for update in self._applying if ticket in update)
+        self._applying.remove(update)
+        if update[1:]:
+            # The others of its group wait for it to be computed anew.
+            self._held += [other for other in update if other != ticket]
+            self._checked.update(other.number for other in update if other != ticket)
+
+    def _give_back(self, ticket: Ticket) -> None:
+        """Its batch is pending again, unless somebody else computes it as well."""
+        if all(other.position != ticket.position for other in self._under_way()):
+            self.ledger.give_back(ticket.position)
+
+
+def _tickets(out: dict[int, _Out]) -> list[Ticket]:
+    return [o.ticket for o in out.values()]

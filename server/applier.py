@@ -1,43 +1,75 @@
 """The one thread that moves the weights.
 
-It takes gradients in the order given, and tells the event loop what became of
-each. XLA releases the GIL while it works, so that the loop goes on.
+It takes jobs in the order given, and tells the event loop what became of each.
+XLA releases the GIL while it works, so that the loop goes on.
 
 With a journal the order is: found finite, written down, applied. Written down
-first, because an update cannot be undone.
+first, because an update cannot be undone. The history is written after.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
+from headwater.protos.crc import crc32c
 from headwater.protos.layout import Bytes
 from headwater.server import failpoints
 from headwater.server.admission import Ticket
-from headwater.server.journal import Journal
-from headwater.server.store import NotFinite, Published, Store
+from headwater.server.history import History, Line
+from headwater.server.journal import Journal, weights_crc
+from headwater.server.settings import Settings
+from headwater.server.store import Contribution, NotFinite, Published, Store
 
 log = logging.getLogger("headwater.server")
 
 CLOSE_TIMEOUT_S = 60.0
-"""For the updates that were submitted."""
+"""For the jobs that were submitted."""
+
+CRC_BYTES = 4 << 20
+"""Of weights for each version, on average, whose checksum goes into the history: 0.6 ms."""
 
 
-class Job(NamedTuple):
-    """One gradient to apply; without a buffer, one batch to leave out."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Update:
+    """Gradients that make one version together, in the order of their batches."""
+
+    tickets: tuple[Ticket, ...]
+    contributions: tuple[Contribution, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeaveOut:
+    """A batch to leave out."""
 
     ticket: Ticket
-    gradient: Bytes | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Check:
+    """A gradient that will be applied later: is it finite?"""
+
+    ticket: Ticket
+    gradient: Bytes
     loss: float
 
 
-Result = Published | NotFinite | Exception
-"""The new version; or that the gradient was refused; or a failure of the update itself."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Change:
+    """Settings to hold from here on."""
+
+    settings: Settings
+
+
+Job = Update | LeaveOut | Check | Change
+
+Result = Published | NotFinite | Exception | None
+"""The new version, None after a Check that passed; or that a gradient was refused; or a failure."""
 
 
 class Applier:
@@ -46,12 +78,16 @@ class Applier:
     def __init__(
         self,
         store: Store,
-        on_done: Callable[[Job, Result], None],
+        on_done: Callable[[Any, Result], None],
         journal: Journal | None = None,
+        history: History | None = None,
     ) -> None:
         self._store = store
         self._on_done = on_done
         self._journal = journal
+        self._history = history
+        # Of large weights the checksum would take longer than the update.
+        self._crc_every = 1 + store.layout.total_bytes // CRC_BYTES
         self._updates = 0
         self._updates_s = 0.0
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -79,24 +115,49 @@ class Applier:
 
     def _result(self, job: Job) -> Result:
         try:
-            return self._apply(job)
+            return self._do(job)
         except Exception as error:
             return error
 
-    def _apply(self, job: Job) -> Published:
-        store, journal, ticket = self._store, self._journal, job.ticket
-        if job.gradient is None:
+    def _do(self, job: Job) -> Published | None:
+        store, journal = self._store, self._journal
+        if isinstance(job, Update):
+            return self._update(job.contributions)
+        if isinstance(job, Check):
+            store.check(job.gradient, job.loss)
+            return None
+        if isinstance(job, LeaveOut):
+            position = job.ticket.position
             if journal is not None:
-                journal.left_out(store.current, ticket.position)
-            return store.leave_out(ticket.position)
-        store.check(job.gradient, job.loss)
+                journal.left_out(store.current, position)
+            published = store.leave_out(position)
+            self._record({"v": published.version, "out": position})
+            return published
         if journal is not None:
-            journal.update(store.current, ticket, job.gradient, job.loss)
+            journal.settings(store.current, job.settings)
+        published = store.set(job.settings)
+        self._record({"v": published.version, "set": job.settings.to_json()})
+        return published
+
+    def _update(self, contributions: tuple[Contribution, ...]) -> Published:
+        store, journal = self._store, self._journal
+        step = store.step(contributions)
+        gradients = [[c.position, c.base, c.worker, crc32c(c.gradient.data)] for c in contributions]
+        if journal is not None:
+            journal.update(store.current, gradients, step)
         failpoints.reach("before-apply")
         began = time.monotonic()
-        published = store.move(job.gradient, job.loss, ticket.position)
+        published = store.move(step)
         self._updates, self._updates_s = (
             self._updates + 1, self._updates_s + time.monotonic() - began,
         )  # fmt: skip
+        line: dict[str, Any] = {"v": published.version, "u": gradients}
+        if published.version % self._crc_every == 0:
+            line["w"] = weights_crc(published)
+        self._record(line)
         failpoints.reach("after-apply")
         return published
+
+    def _record(self, line: Line) -> None:
+        if self._history is not None:
+            self._history.append(line)

@@ -105,7 +105,7 @@ def check_task(loaded: LoadedTask) -> Report:
     function = GradientFunction(task, task.seed)
     compile_s = function.compile(batch)
     leaves = [np.asarray(leaf) for leaf in store.current.leaves]
-    gradient, gradient_s = _median(lambda: function(leaves, batch, 0, 0))
+    gradient, gradient_s = _median(lambda: function(leaves, [(batch, 0, 0)]))
     buffer = layout.empty()
     layout.pack(gradient.leaves, buffer)
     try:

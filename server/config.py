@@ -11,6 +11,8 @@ from typing import Literal
 
 from headwater.protos.errors import UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS, split_address
+from headwater.server.dial import Dial
+from headwater.server.staleness import StalenessPolicy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,13 +32,23 @@ class ServerConfig:
     run_dir: Path | None = None
     """Where the run is kept; by default runs/<task>-<run id>."""
 
-    consistency: str = "async"
-    """Only async so far."""
+    consistency: str | None = None
+    """async, bounded:K or sync:N (see dial.py). None goes on with what was in force; at
+    first, async."""
+
+    staleness: str | None = None
+    """none, scale, compensate:L or drop:K (see staleness.py); None as above, at first none."""
+
+    local_steps: int | None = None
+    """Batches of a push: steps of the inner optimizer between two exchanges; 1 unless given."""
+
+    inner_optimizer: str | None = None
+    """With local steps, a SPEC for the workers' own steps; None means the task's optimizer."""
 
     epochs: int | None = None
     batch_size: int | None = None
     optimizer: str | None = None
-    """A SPEC; see optimizer_spec.py."""
+    """A SPEC; see worker/optimizer_spec.py. With local steps, of the outer optimizer."""
 
     seed: int | None = None
 
@@ -71,6 +83,9 @@ class ServerConfig:
     """Seconds without progress before a ticket is taken back; or ten times the
     worker's own slowest step, if that is longer."""
 
+    lease_s: float = 2.0
+    """Seconds of a worker's work that are reserved for it, so that it loads their data ahead."""
+
     compile_timeout_s: float = 1800.0
     """Seconds a worker may compile before its first ticket."""
 
@@ -89,12 +104,15 @@ class ServerConfig:
                 "passwords; add --insecure if you trust everyone on that network, or listen on "
                 f"127.0.0.1:{port}"
             )
-        if self.consistency != "async":
-            raise UsageError(
-                f"--consistency {self.consistency} is not available yet; this version trains "
-                "with --consistency async only"
-            )
-        for flag, value in (("epochs", self.epochs), ("batch-size", self.batch_size)):
+        if self.consistency is not None:
+            Dial.parse(self.consistency)
+        if self.staleness is not None:
+            StalenessPolicy.parse(self.staleness)
+        for flag, value in (
+            ("epochs", self.epochs),
+            ("batch-size", self.batch_size),
+            ("local-steps", self.local_steps),
+        ):
             if value is not None and value < 1:
                 raise UsageError(f"--{flag} {value} must be at least 1")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -107,6 +125,7 @@ class ServerConfig:
         for flag, seconds in (
             ("session-timeout", self.session_timeout_s),
             ("ticket-timeout", self.ticket_timeout_s),
+            ("lease-seconds", self.lease_s),
             ("compile-timeout", self.compile_timeout_s),
             ("evaluation-timeout", self.evaluation_timeout_s),
             ("grace", self.grace_s),

@@ -9,38 +9,48 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
+import jax
+
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos.errors import Reason, Refused
+from headwater.protos.errors import Reason, Refused, UsageError
 from headwater.protos.layout import Bytes, Layout
 from headwater.server import replies
 from headwater.server.acknowledgements import Acknowledgements
-from headwater.server.admission import Admission, Grant, Ticket
-from headwater.server.applier import Applier, Job, Result
+from headwater.server.admission import Admission, Grant, Ticket, Unwanted
+from headwater.server.applier import Applier, Change, Check, Job, LeaveOut, Result, Update
 from headwater.server.config import ServerConfig
+from headwater.server.dial import Dial
 from headwater.server.evaluations import Evaluations
+from headwater.server.history import History
 from headwater.server.identity import RunIdentity
 from headwater.server.journal import Journal
 from headwater.server.ledger import Ledger
 from headwater.server.lookers import Lookers
 from headwater.server.metrics import RunFigures
-from headwater.server.order import BatchOrder
 from headwater.server.refusals import Refusals, Verdict
-from headwater.server.roster import Member, Roster
+from headwater.server.roster import Member, Roster, printable
+from headwater.server.rounds import Rounds
 from headwater.server.session import Session
+from headwater.server.settings import Settings
 from headwater.server.staging import Staging
-from headwater.server.store import NotFinite, Published, Store
+from headwater.server.store import Contribution, NotFinite, Published, Store
 from headwater.server.update_log import LogBroken, NoRoom, UpdateLog
 from headwater.server.waiters import VersionWaiters
+from headwater.worker.compute import differences
 
 log = logging.getLogger("headwater.server")
 
 P = ParamSpec("P")
+
+BACKUP_LATE_S = 0.001
+"""After the moment from which a batch may be given to a second worker."""
 
 PULSE_S = 2.0
 """Between messages to a worker that waits, so that it can tell waiting from a dead network."""
@@ -52,6 +62,9 @@ class Coordinator:
     Args:
       on_done: Called once, with an error's text or None, when no more updates
         will come: the last batch was applied, or the run failed.
+      inner_optimizer: With local steps, the workers'; "" for the task's own.
+      settings: To hold from the start; by default those of the store's version.
+      history: Where each update is noted.
       update_log: Where each update is made durable before it is acknowledged.
       clock: Seconds, monotonic.
     """
@@ -59,26 +72,37 @@ class Coordinator:
     def __init__(
         self,
         store: Store,
-        order: BatchOrder,
+        rounds: Rounds,
         identity: RunIdentity,
         config: ServerConfig,
         on_done: Callable[[str | None], None],
         *,
         run_dir: str,
         optimizer_text: str,
+        inner_optimizer: str = "",
+        settings: Settings | None = None,
         update_log: UpdateLog | None = None,
+        history: History | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.current: Published = store.current
-        self.order = order
+        self.rounds = rounds
+        self.order = rounds.order
+        self.inner_optimizer = inner_optimizer
+        self.settings = settings or store.current.settings
+        """The newest; those of `current` hold for the version after it."""
         self.identity = identity
         self.config = config
         self.layout: Layout = store.layout
         self.staging = Staging(self.layout, config.max_staged_bytes)
         self.roster = Roster()
         self.refusals = Refusals()
-        self.ledger = Ledger(order.total, order.per_epoch, store.current.applied)
-        self.admission = Admission(self.ledger, self.staging.slots, self._avoided_by)
+        self.ledger = Ledger(rounds.total, rounds.per_epoch, store.current.applied)
+        self.admission = Admission(
+            self.ledger, self.staging.slots, self._avoided_by, self.settings.dial
+        )
+        self.admission.drop_over = self.settings.staleness.drop
+        self._check_group_fits(self.settings.dial)
         self.state_override: pb.RunState | None = None
         """What the ending says of the run; None while it goes on."""
         self.figures = RunFigures()
@@ -112,11 +136,17 @@ class Coordinator:
         if update_log is not None:
             self.journal = Journal(
                 update_log,
+                self.layout,
                 on_synced=_on_loop(self.durable),
                 on_broken=_on_loop(self._log_failed),
                 on_full=_on_loop(self._log_full),
             )
-        self.applier = Applier(store, _on_loop(self._applied), self.journal)
+        self.history = history
+        self._kept: dict[int, tuple[jax.Array, ...]] = {}  # weights of bases, to compensate
+        self._backup_timer: asyncio.TimerHandle | None = None
+        self.applier = Applier(store, _on_loop(self._done), self.journal, history)
+        if self.settings != store.current.settings:
+            self.applier.submit(Change(self.settings))
 
     # ----------------------------------------------------- workers come and go
 
@@ -130,6 +160,7 @@ class Coordinator:
         if self.log_broken:
             raise Refused(Reason.SERVER_ENDED, "the server's disk failed")
         warnings = self.identity.check(hello, self.current.incarnation)
+        self._check_compute(hello)
         member, old = self.roster.join(hello, self.clock())
         if old is not None:
             self._forget(old)
@@ -144,12 +175,61 @@ class Coordinator:
         session.send(
             self._message(
                 welcome=replies.welcome(
-                    member, self.identity.run_id, self.order, self.config, warnings
+                    member,
+                    self.identity.run_id,
+                    self.rounds,
+                    self.config,
+                    warnings,
+                    self.inner_optimizer,
                 )
             )
         )
         log.info("%s joined (%s)", member.name, member.hello.platform)
+        if self.history is not None:
+            self.history.append(
+                {
+                    "v": self.current.version,
+                    "worker": self._worker_name(member),
+                    "name": member.name,
+                    "compute": dict(hello.compute),
+                }
+            )
         return member
+
+    def _worker_name(self, member: Member) -> str:
+        """As the history knows it, through all incarnations."""
+        return f"{self.current.incarnation}.{member.id}"
+
+    def _check_compute(self, hello: pb.Hello) -> None:
+        """In sync mode all compute alike: as the first worker does."""
+        if self.settings.dial.group is None:
+            return
+        if not hello.compute:
+            raise Refused(
+                Reason.COMPUTE_MISMATCH,
+                "sync mode needs to know what a worker computes with, and hello.compute is empty",
+            )
+        if not self.settings.compute:
+            self._change(dataclasses.replace(self.settings, compute=dict(hello.compute)))
+        elif found := differences(hello.compute, self.settings.compute):
+            raise Refused(
+                Reason.COMPUTE_MISMATCH,
+                "in sync mode every worker computes the same bits, and this one would not "
+                f"(here: the worker, there: the run): {printable(found, 1000)}",
+            )
+
+    def _check_group_fits(self, dial: Dial) -> None:
+        if (dial.group or 0) > self.staging.slots:
+            raise UsageError(
+                f"consistency {dial} holds {dial.group} gradients of "
+                f"{self.layout.total_bytes:,} bytes at once, and --max-staged-bytes has room for "
+                f"{self.staging.slots}; raise it, or use smaller groups"
+            )
+
+    def _change(self, settings: Settings) -> None:
+        """Have other settings hold from the next update on."""
+        self.settings = settings
+        self.applier.submit(Change(settings))
 
     def ready(self, member: Member) -> None:
         """The worker has compiled and wants its first ticket."""
@@ -204,7 +284,7 @@ class Coordinator:
         """The ticket of a push that begins; None when it was answered with a refusal."""
         ticket = self._ticket(member, push.token)
         if ticket is None or push.incarnation != self.current.incarnation:
-            self._lease_lost(member, push.token)
+            self._not_wanted(member, push.token)
             return None
         if push.base != ticket.base:
             self.reject_malformed(
@@ -220,18 +300,20 @@ class Coordinator:
         if self.admission.outstanding(ticket.number) == ticket:
             self.admission.progress(member.id, self.clock())
             return True
-        self._lease_lost(member, token)
+        self._not_wanted(member, token)
         return False
 
     def received(self, member: Member, ticket: Ticket, push: pb.Push, buffer: Bytes) -> None:
         """The whole gradient is here: from now on it outlives its worker."""
         member.step_s.append(self.clock() - member.granted_time)
-        member.compute_s.append(push.compute_s)
+        member.times.pushed(push.load_s, push.compute_s, self.clock() - member.granted_time)
         member.phase = "waiting"
         member.hung = False
-        self.admission.hold(ticket.number)
+        self.admission.hold(ticket.number, self.clock())
         self._pushes[ticket.number] = member, push
         self._buffers[ticket.number] = buffer
+        if self.settings.dial.group is not None:
+            self.applier.submit(Check(ticket, buffer, push.loss))
         self._pump()
 
     def reject_malformed(
@@ -239,7 +321,7 @@ class Coordinator:
     ) -> None:
         """Refuse a push that breaks the protocol; its batch goes back."""
         if self.admission.outstanding(ticket.number) != ticket:
-            self._lease_lost(member, token)
+            self._not_wanted(member, token)
             return
         self.figures.malformed_count += 1
         self.admission.refuse(ticket)
@@ -255,10 +337,21 @@ class Coordinator:
         if size > limit:
             raise Refused(Reason.MALFORMED, f"a part has {size} bytes; at most {limit} are taken")
 
-    def _lease_lost(self, member: Member, token: pb.Token) -> None:
-        self.figures.lease_lost_count += 1
+    def _not_wanted(self, member: Member, token: pb.Token) -> None:
+        """Answer a push whose ticket is no longer out, or never was."""
+        mine = token.life == self._life
+        why = self.admission.unwanted(token.number, member.id) if mine else None
+        if why is Unwanted.DUPLICATE:
+            self.figures.duplicate_count += 1
+            outcome = replies.duplicate(token)
+        elif why is Unwanted.STALE:
+            self.figures.stale_count += 1
+            outcome = replies.stale(token, f"consistency was set to {self.settings.dial}")
+        else:
+            self.figures.lease_lost_count += 1
+            outcome = replies.lease_lost(token)
         member.hung = False
-        self._answer(member, replies.lease_lost(token))
+        self._answer(member, outcome)
         self._pump()
 
     def _ticket(self, member: Member, token: pb.Token) -> Ticket | None:
@@ -278,39 +371,61 @@ class Coordinator:
             if not self.admission.out_count:
                 self._drained.set()
         else:
-            for grant in self.admission.grants(self.current.version, self.clock()):
-                self._send_grant(grant)
+            self._grant_all()
+
+    def _grant_all(self) -> None:
+        for grant in self.admission.grants(self.current.version, self.clock()):
+            self._send_grant(grant)
+        due = self.admission.backup_time()
+        if due is not None and self._backup_timer is None:
+            self._backup_timer = asyncio.get_running_loop().call_later(
+                max(0.0, due - self.clock()) + BACKUP_LATE_S, self._back_up
+            )
+
+    def _back_up(self) -> None:
+        self._backup_timer = None
+        self._pump()
 
     def _apply_held(self) -> None:
-        while (ticket := self.admission.next_to_apply()) is not None:
-            _, push = self._pushes[ticket.number]
+        for ticket in self.admission.too_stale(self.current.version):
+            self._drop(ticket, f"--staleness {self.settings.staleness}")
+        while (update := self.admission.next_to_apply(self.current.version)) is not None:
             self._idle.clear()
-            self.applier.submit(Job(ticket, self._buffers[ticket.number], push.loss))
+            self.applier.submit(Update(update, tuple(map(self._contribution, update))))
 
-    def _applied(self, job: Job, result: Result) -> None:
-        """What became of a job; the applier's answer, on the loop."""
-        ticket = job.ticket
+    def _contribution(self, ticket: Ticket) -> Contribution:
+        member, push = self._pushes[ticket.number]
+        return Contribution(
+            ticket.position,
+            ticket.base,
+            self.rounds.size(ticket.position),
+            push.loss,
+            self._buffers[ticket.number],
+            self._worker_name(member),
+            self._kept.get(ticket.base),
+        )
+
+    def _drop(self, ticket: Ticket, why: str) -> None:
+        """Answer a held gradient that is too old; admission has taken it back."""
         member, push = self._pushes.pop(ticket.number)
-        if job.gradient is not None:
-            self.staging.give_back(self._buffers.pop(ticket.number))
-        if isinstance(result, NotFinite):
-            self._refused(member, push, ticket, result)
-        elif isinstance(result, NoRoom):  # to the end of this server: it is being stopped
-            self.admission.refuse(ticket)
-        elif isinstance(result, LogBroken):
-            self.admission.refuse(ticket)
-            self._log_failed(str(result))
-        elif isinstance(result, Exception):
-            log.error("the update failed", exc_info=result)
-            self.admission.refuse(ticket)
-            self._finish(f"the update of version {self.current.version + 1} failed: {result}")
-        else:
+        self.staging.give_back(self._buffers.pop(ticket.number))
+        self.figures.stale_count += 1
+        self._answer(member, replies.stale(push.token, why))
+
+    def _done(self, job: Job, result: Result) -> None:
+        """What became of a job; the applier's answer, on the loop."""
+        if isinstance(job, Check):
+            self._checked(job, result)
+            return
+        if isinstance(result, Published):
             self.current = result
-            self.admission.settle(ticket, result.applied)
-            if job.gradient is None:
-                self.refusals.left_out(ticket.position)
-            else:
-                self._count_update(member, push, ticket, result)
+        if isinstance(job, Update):
+            self._update_done(job, result)
+        elif isinstance(job, LeaveOut):
+            self._left_out(job, result)
+        elif isinstance(result, Exception):
+            self._failed(result, "the settings could not be changed")
+        self._keep_bases()
         self._version_waiters.wake(self.current.version)
         self._acknowledge()
         if not self.admission.applying_count:
@@ -319,12 +434,72 @@ class Coordinator:
             self._finish(None)
         self._pump()
 
+    def _checked(self, job: Check, result: Result) -> None:
+        """Whether a gradient that waits for its group is finite."""
+        if not self.admission.is_held(job.ticket):
+            return  # the dial was turned: it was dropped, or is applied on its own
+        member, push = self._pushes[job.ticket.number]
+        if isinstance(result, NotFinite):
+            self._pushes.pop(job.ticket.number)
+            self.staging.give_back(self._buffers.pop(job.ticket.number))
+            self._refused(member, push, job.ticket, result)
+        elif isinstance(result, Exception):
+            self._failed(result, "a gradient could not be checked")
+        else:
+            self.admission.checked(job.ticket)
+            self._apply_held()
+            self._answer(member, replies.held(push.token))
+        self._pump()
+
+    def _update_done(self, job: Update, result: Result) -> None:
+        found = [self._pushes.pop(ticket.number) for ticket in job.tickets]
+        for ticket in job.tickets:
+            self.staging.give_back(self._buffers.pop(ticket.number))
+        if isinstance(result, Published):
+            self.admission.settle(job.tickets, result.applied)
+            for ticket, (member, push) in zip(job.tickets, found, strict=True):
+                self._count_update(member, push, ticket, result)
+            return
+        for ticket, (member, push) in zip(job.tickets, found, strict=True):
+            if isinstance(result, NotFinite):
+                # Of a group it is the sum that is not; then they are all computed anew.
+                self._refused(member, push, ticket, result)
+            else:
+                self.admission.refuse(ticket)
+        if isinstance(result, Exception) and not isinstance(result, NotFinite):
+            self._failed(result, f"the update of version {self.current.version + 1} failed")
+
+    def _left_out(self, job: LeaveOut, result: Result) -> None:
+        self._pushes.pop(job.ticket.number)
+        if isinstance(result, Published):
+            self.admission.settle((job.ticket,), result.applied)
+            self.refusals.left_out(job.ticket.position)
+        elif isinstance(result, Exception):
+            self.admission.refuse(job.ticket)
+            self._failed(result, "a batch could not be left out")
+
+    def _failed(self, error: Exception, what: str) -> None:
+        """A job failed for good, unless the server is being stopped with a full disk."""
+        if isinstance(error, LogBroken):
+            self._log_failed(str(error))
+        elif not isinstance(error, NoRoom):
+            log.error("%s", what, exc_info=error)
+            self._finish(f"{what}: {error}")
+
+    def _keep_bases(self) -> None:
+        """Keep the weights that gradients under way were computed at, where they are needed."""
+        if self.settings.staleness.compensate is None:
+            return
+        kept = {**self._kept, self.current.version: self.current.leaves}
+        needed = {*self.admission.bases, self.current.version}
+        self._kept = {version: kept[version] for version in needed if version in kept}
+
     def _count_update(
         self, member: Member, push: pb.Push, ticket: Ticket, result: Published
     ) -> None:
         now = self.clock()
         staleness = result.version - 1 - ticket.base
-        size = self.order.size(ticket.position)
+        size = self.rounds.size(ticket.position)
         self.refusals.accepted(member.id, ticket.position)
         self.figures.count_update(
             {**_bounded(push), "loss": push.loss}, examples=size, staleness=staleness, now=now
@@ -332,6 +507,8 @@ class Coordinator:
         member.gradients += 1
         member.staleness.add(staleness)
         member.examples.add(size, now)
+        if self.settings.dial.group is not None:
+            return  # they were told HELD
         outcome = replies.applied(push, result.version, staleness)
         if self.journal is None:
             self._answer(member, outcome)
@@ -371,14 +548,16 @@ class Coordinator:
         )
 
     def _refused(self, member: Member, push: pb.Push, ticket: Ticket, why: NotFinite) -> None:
-        batch = self.order.id(ticket.position)
+        batch = self.rounds.name(ticket.position)
         verdict = self.refusals.refused(member.id, ticket.position, self._able())
         text = f"the gradient of {batch} is not finite: {why}"
         log.warning("%s: %s; %s", member.name, text, verdict.value)
         if verdict is Verdict.CONDEMN and self.config.on_nonfinite == "skip":
             # Still being applied, as far as admission knows: as a batch left out.
             self._pushes[ticket.number] = member, push
-            self.applier.submit(Job(ticket, None, push.loss))
+            self.admission.leave_out(ticket)
+            self._idle.clear()
+            self.applier.submit(LeaveOut(ticket))
         else:
             self.admission.refuse(ticket)
         if verdict is Verdict.QUARANTINE:
@@ -409,7 +588,12 @@ class Coordinator:
             and member.id not in self.refusals.quarantined
             and not self.admission.tickets_of(member.id)
         ):
-            self.admission.request(member.id, member.deadline_s(self.config.ticket_timeout_s))
+            self.admission.request(
+                member.id,
+                member.deadline_s(self.config.ticket_timeout_s),
+                member.reserve(self.config.lease_s),
+            )
+            member.times.asked(self.clock())
 
     def _answer(self, member: Member, outcome: pb.Outcome) -> None:
         """Send an outcome, with the next ticket in the same message where there is one."""
@@ -436,12 +620,13 @@ class Coordinator:
         member = self.roster.members[grant.ticket.worker]
         message = message or self._message()
         if grant.leased:
-            message.lease.CopyFrom(replies.lease(self.order, grant.leased))
+            message.lease.CopyFrom(replies.lease(self.rounds, grant.leased))
         if grant.withdrawn_from is not None:
             self._withdraw(self.roster.members[grant.withdrawn_from], [grant.ticket.position])
         deadline_s = member.deadline_s(self.config.ticket_timeout_s)
-        message.ticket.CopyFrom(replies.ticket(self.order, grant, self._life, deadline_s))
+        message.ticket.CopyFrom(replies.ticket(self.rounds, grant, self._life, deadline_s))
         member.granted_time = self.clock()
+        member.times.granted(member.granted_time)
         weights = self.current if member.has_version != grant.ticket.base else None
         member.has_version = grant.ticket.base
         self._sessions[member.id].send(message, weights)
@@ -450,7 +635,7 @@ class Coordinator:
         """Tell a worker that batches are no longer reserved for it."""
         session = self._sessions.get(member.id)
         if session is not None and positions:
-            session.send(self._message(lease=replies.withdrawal(self.order, positions)))
+            session.send(self._message(lease=replies.withdrawal(self.rounds, positions)))
 
     def _able(self) -> set[int]:
         """Workers that a batch could be given to."""
@@ -476,7 +661,7 @@ class Coordinator:
             member.hung = True
             self._withdraw(member, released)
             log.warning(
-                "%s: no progress on %s; taken back", member.name, self.order.id(ticket.position)
+                "%s: no progress on %s; taken back", member.name, self.rounds.name(ticket.position)
             )
         for member in self.roster.listening():
             session = self._sessions.get(member.id)

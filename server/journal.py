@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from headwater.protos.crc import bytes_of, crc32c
-from headwater.protos.layout import Bytes
-from headwater.server.admission import Ticket
+from headwater.protos.layout import Bytes, Layout
 from headwater.server.log_records import Kind
-from headwater.server.store import Published
+from headwater.server.settings import Settings
+from headwater.server.store import Published, Step
 from headwater.server.update_log import LogBroken, NoRoom, UpdateLog
 
 RETRY_S = 0.5
@@ -30,6 +31,7 @@ class Journal:
 
     Args:
       log: Written by this object alone from here on.
+      layout: Of a gradient.
       on_synced: Called with a version when all up to it is durable; in a thread.
       on_broken: Called once, with the reason, when nothing more will be; in a thread.
       on_full: Called with what the disk says when it is full, and with None when
@@ -39,12 +41,15 @@ class Journal:
     def __init__(
         self,
         log: UpdateLog,
+        layout: Layout,
         *,
         on_synced: Callable[[int], None],
         on_broken: Callable[[str], None],
         on_full: Callable[[str | None], None],
     ) -> None:
         self._log = log
+        self._layout = layout
+        self._buffer: Bytes | None = None
         self._on_synced = on_synced
         self._on_broken = on_broken
         self._on_full = on_full
@@ -55,26 +60,40 @@ class Journal:
         self._thread = threading.Thread(target=self._sync, name="headwater-journal", daemon=True)
         self._thread.start()
 
-    def update(self, before: Published, ticket: Ticket, gradient: Bytes, loss: float) -> None:
+    def update(self, before: Published, gradients: Any, step: Step) -> None:
         """Write down the update that makes the next version. Waits while the disk is full.
 
+        Args:
+          before: The version that it moves.
+          gradients: What it was made of, as the history has it.
+          step: What the optimizer is about to get.
+
         Raises:
-          NoRoom: It still is, and this server is being stopped.
+          NoRoom: The disk still is full, and this server is being stopped.
           LogBroken: The disk failed.
         """
+        flat = step.flat
+        if flat is None:
+            if self._buffer is None:
+                self._buffer = self._layout.empty()
+            flat = self._buffer
+            self._layout.pack((np.asarray(leaf) for leaf in step.leaves), flat)
         self._append(
             Kind.UPDATE,
             before.version + 1,
-            gradient.data,
-            position=ticket.position,
-            base=ticket.base,
-            loss=loss,
+            flat.data,
+            detail=gradients,
+            loss=step.loss,
             weights_crc=weights_crc(before),
         )
 
     def left_out(self, before: Published, position: int) -> None:
         """Write down that a batch is done with. Raises as `update`."""
-        self._append(Kind.LEFT_OUT, before.version, memoryview(b""), position=position)
+        self._append(Kind.LEFT_OUT, before.version, memoryview(b""), detail=position)
+
+    def settings(self, before: Published, settings: Settings) -> None:
+        """Write down what holds from here on. Raises as `update`."""
+        self._append(Kind.SETTINGS, before.version, memoryview(b""), detail=settings.to_json())
 
     def give_up(self) -> None:
         """Wait for room no longer."""

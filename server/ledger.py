@@ -6,7 +6,8 @@
 
 Every batch is in exactly one of these at any moment. A batch is applied once
 and stays so; what is admitted (received whole) does not go back when its worker
-vanishes. Positions count the run's batches from 0; the lowest go first.
+vanishes. Positions count the run's batches from 0; the lowest go first. With
+local steps a position is a round of batches, which stand or fall together.
 
 A pure state machine: no clock, no thread, no I/O.
 """
@@ -70,9 +71,24 @@ class Ledger:
     def count(self, state: BatchState) -> int:
         return sum(1 for at, _ in self._under_way.values() if at is state)
 
+    def positions(self, *states: BatchState) -> list[int]:
+        """Those in one of the states."""
+        return [position for position, (at, _) in self._under_way.items() if at in states]
+
     def state(self, position: int) -> BatchState | None:
         """None for pending and applied."""
         return self._under_way[position][0] if position in self._under_way else None
+
+    def lowest_unapplied(self, count: int) -> list[int]:
+        """Up to `count` positions of the lowest epoch that is not complete."""
+        found: list[int] = []
+        position = self.applied.low_water
+        end = min((self.epoch + 1) * self._per_epoch, self.total)
+        while len(found) < count and position < end:
+            if position not in self.applied:
+                found.append(position)
+            position += 1
+        return found
 
     @property
     def epoch(self) -> int:
@@ -88,13 +104,9 @@ class Ledger:
         """Reserve up to `count` pending batches, none of them in `avoid`; the lowest first."""
         taken: list[int] = []
         passed_over: list[int] = []
-        for position in self._pending():
-            if position in avoid:
-                passed_over.append(position)
-                continue
-            taken.append(position)
-            if len(taken) == count:
-                break
+        pending = self._pending()
+        while len(taken) < count and (position := next(pending, None)) is not None:
+            (passed_over if position in avoid else taken).append(position)
         for position in passed_over:
             heapq.heappush(self._returned, position)
         for position in taken:
@@ -116,18 +128,24 @@ class Ledger:
             suitable = [p for p in self._leased[holder] if p not in avoid]
             if holder != worker and suitable:
                 position = max(suitable)
-                self._unlease(holder, position)
-                self._under_way[position] = BatchState.LEASED, worker
-                heapq.heappush(self._leased[worker], position)
-                return holder, position
+                return self.move(position, worker), position
         return None
 
-    def take(self, worker: WorkerId) -> int | None:
-        """Ticket the worker's lowest leased batch; None when it has none."""
+    def move(self, position: int, worker: WorkerId) -> WorkerId:
+        """Move one leased batch to `worker`; returns who held it."""
+        _, holder = self._expect(position, BatchState.LEASED)
+        self._unlease(holder, position)
+        self._under_way[position] = BatchState.LEASED, worker
+        heapq.heappush(self._leased[worker], position)
+        return holder
+
+    def take(self, worker: WorkerId, position: int | None = None) -> int | None:
+        """Ticket a batch leased to the worker, the lowest one; None when it has none."""
         if not self._leased.get(worker):
             return None
-        position = heapq.heappop(self._leased[worker])
-        self._drop_if_empty(worker)
+        if position is None:
+            position = self._leased[worker][0]  # of a heap: the lowest
+        self._unlease(worker, position)
         self._under_way[position] = BatchState.TICKETED, worker
         return position
 
@@ -136,16 +154,21 @@ class Ledger:
         _, worker = self._expect(position, BatchState.TICKETED)
         self._under_way[position] = BatchState.ADMITTED, worker
 
-    def settle(self, position: int, applied: Ranges) -> None:
+    def settle(self, positions: Collection[int], applied: Ranges) -> None:
         """Record an update that a version was published with.
 
         `applied` is that version's own set: the ledger and the weights go
         forward by the same object.
         """
-        self._expect(position, BatchState.ADMITTED)
-        if len(applied) != len(self.applied) + 1 or position not in applied:
-            raise LedgerError(f"the version's set of applied batches does not follow on {position}")
-        del self._under_way[position]
+        for position in positions:
+            self._expect(position, BatchState.ADMITTED)
+        follows = len(applied) == len(self.applied) + len(positions)
+        if not follows or any(position not in applied for position in positions):
+            raise LedgerError(
+                f"the version's set of applied batches does not follow on {list(positions)}"
+            )
+        for position in positions:
+            del self._under_way[position]
         self.applied = applied
 
     def give_back(self, position: int) -> None:

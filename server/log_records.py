@@ -3,7 +3,8 @@
 A segment is a head, then records one after the other:
 
     head    magic, length, JSON {format, run_id, layout, sequence, version, …}, CRC32C
-    record  80 bytes with a CRC32C of their own, then the gradient, whose CRC32C they hold
+    record  72 bytes with a CRC32C of their own, then a detail and the gradient, whose CRC32Cs
+            they hold
 
 Records count through the run's log from 1. Each says up to which of them the log
 was known to be on disk when it was written. That tells a torn tail from damage:
@@ -28,7 +29,7 @@ FORMAT = 1
 _HEAD_MAGIC = b"HWLOG\r\n\x1a"
 _MAGIC = b"HWUPDATE"
 _HEAD = struct.Struct("<8sI")
-_RECORD = struct.Struct("<8sIIQQQQQQdI")
+_RECORD = struct.Struct("<8sIIIIQQQQdI")
 _CRC = struct.Struct("<I")
 
 RECORD_BYTES = _RECORD.size + _CRC.size
@@ -42,6 +43,8 @@ class Kind(enum.IntEnum):
     """A batch that is done with, without an update."""
     SYNCED = 3
     """Nothing happened; it only says what is on disk."""
+    SETTINGS = 4
+    """Other settings hold from here on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,15 +57,14 @@ class Record:
     """The sequence up to which the log was on disk when this was written."""
     version: int = 0
     """Of the weights after it."""
-    position: int = 0
-    """Of the batch."""
-    base: int = 0
-    """The version that the gradient was computed at."""
+    detail: Any = None
+    """JSON: of an update, its gradients as the history has them; of a batch left out, its
+    position; of settings, what they are."""
     loss: float = 0.0
     weights_crc: int = 0
     """CRC32C of the weights just before it."""
     gradient: memoryview | bytes = b""
-    """The flat buffer, as it was applied."""
+    """The flat buffer, as the optimizer got it."""
 
 
 class LogError(ValueError):
@@ -100,20 +102,21 @@ def decode_head(data: memoryview) -> tuple[dict[str, Any], int]:
 
 def encode(record: Record) -> bytes:
     """A record's bytes before the gradient, which follows them as it is."""
+    detail = b"" if record.detail is None else json.dumps(record.detail).encode()
     head = _RECORD.pack(
         _MAGIC,
         record.kind,
         crc32c(record.gradient),
+        len(detail),
+        crc32c(detail),
         len(record.gradient),
         record.sequence,
         record.synced,
         record.version,
-        record.position,
-        record.base,
         record.loss,
         record.weights_crc,
     )
-    return head + _CRC.pack(crc32c(head))
+    return head + _CRC.pack(crc32c(head)) + detail
 
 
 def decode(data: memoryview, at: int) -> tuple[Record, int] | None:
@@ -123,21 +126,23 @@ def decode(data: memoryview, at: int) -> tuple[Record, int] | None:
         return None
     if _CRC.unpack_from(data, at + _RECORD.size)[0] != crc32c(data[at : at + _RECORD.size]):
         return None
-    magic, kind, crc, size, sequence, synced, version, position, base, loss, weights_crc = (
+    magic, kind, crc, detail_size, detail_crc, size, sequence, synced, version, loss, weights = (
         _RECORD.unpack_from(data, at)
     )
+    detail = data[start : start + detail_size]
+    start += detail_size
     gradient = data[start : start + size]
-    if magic != _MAGIC or len(gradient) != size or crc32c(gradient) != crc:
+    whole = len(detail) == detail_size and len(gradient) == size
+    if magic != _MAGIC or not whole or (crc32c(detail), crc32c(gradient)) != (detail_crc, crc):
         return None
     record = Record(
         kind=Kind(kind),
         sequence=sequence,
         synced=synced,
         version=version,
-        position=position,
-        base=base,
+        detail=json.loads(bytes(detail)) if detail_size else None,
         loss=loss,
-        weights_crc=weights_crc,
+        weights_crc=weights,
         gradient=gradient,
     )
     return record, start + size

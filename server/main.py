@@ -20,6 +20,7 @@ from headwater.protos.errors import RunFailed
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.server import failpoints
 from headwater.server.config import ServerConfig
+from headwater.worker import compute
 from headwater.worker.options import TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
 
@@ -52,8 +53,33 @@ def server(
         ),
     ] = None,
     consistency: Annotated[
-        str, typer.Option(help="async: every gradient is applied when it arrives.")
-    ] = "async",
+        str | None,
+        typer.Option(
+            metavar="async|bounded:K|sync:N",
+            help="How stale a gradient may be: as it comes; at most K versions; or not at all, N "
+            "batches making one update. Default: async, or what was in force.",
+        ),
+    ] = None,
+    staleness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|scale|compensate:L|drop:K",
+            help="What becomes of a stale gradient. Default: none, or what was in force.",
+        ),
+    ] = None,
+    local_steps: Annotated[
+        int | None,
+        typer.Option(metavar="H", help="Batches that a worker trains on between two pushes."),
+    ] = None,
+    inner_optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="With local steps, the workers' own. Default: the task's."
+        ),
+    ] = None,
+    lease_seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of work reserved for a worker ahead.")
+    ] = ServerConfig.lease_s,
     epochs: Annotated[
         int | None, typer.Option(metavar="N", help="How often every example is used.")
     ] = None,
@@ -123,6 +149,10 @@ def server(
         insecure=insecure,
         run_dir=run_dir,
         consistency=consistency,
+        staleness=staleness,
+        local_steps=local_steps,
+        inner_optimizer=inner_optimizer,
+        lease_s=lease_seconds,
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
@@ -139,6 +169,8 @@ def server(
         ticket_timeout_s=ticket_timeout,
     )
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
+    if (consistency or "").startswith("sync"):
+        compute.fix(os.environ)
     use_platform(platform)
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     from headwater.server.prepare import PortTaken, prepare
@@ -203,7 +235,7 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
         signal.signal(number, on_signal)
 
     def on_ready(address: str) -> None:
-        order, layout = prepared.order, prepared.store.layout
+        order, layout = prepared.rounds.order, prepared.store.layout
         log.info(
             "%s: %s parameters in %d tensors; %s; %d epochs of %d batches of %d",
             loaded.name, f"{layout.element_count:,}", len(layout.tensors),

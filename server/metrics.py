@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from headwater.protos import parameter_server_pb2 as pb
 
 WINDOW_S = 5.0
 """Seconds over which rates are taken: steady to the eye, and quick to show a stall."""
@@ -44,6 +47,52 @@ class Rate:
             self._slots.popleft()
 
 
+class Times:
+    """Where a worker's time went, over its last pushes."""
+
+    def __init__(self) -> None:
+        self._pushes: deque[tuple[float, float, float, float]] = deque(maxlen=50)
+        self._asked_time: float | None = None
+        self._wait_s = 0.0
+
+    def asked(self, now: float) -> None:
+        """The worker is ready for a ticket."""
+        if self._asked_time is None:
+            self._asked_time = now
+
+    def granted(self, now: float) -> None:
+        self._wait_s = 0.0 if self._asked_time is None else now - self._asked_time
+        self._asked_time = None
+
+    def pushed(self, load_s: float, compute_s: float, step_s: float) -> None:
+        """A gradient came, `step_s` seconds after its ticket was granted."""
+        wire_s = max(0.0, step_s - load_s - compute_s)
+        self._pushes.append((self._wait_s, load_s, compute_s, wire_s))
+
+    @property
+    def median_compute_s(self) -> float:
+        """0 before the first."""
+        return statistics.median(push[2] for push in self._pushes) if self._pushes else 0.0
+
+    def message(self) -> pb.Times:
+        return mean_times([self])
+
+    @property
+    def pushes(self) -> list[tuple[float, float, float, float]]:
+        return list(self._pushes)
+
+
+def mean_times(of: Iterable[Times]) -> pb.Times:
+    """The means over all their pushes; zeros before the first."""
+    pushes = [push for times in of for push in times.pushes]
+    if not pushes:
+        return pb.Times()
+    wait_s, load_s, compute_s, wire_s = (
+        statistics.fmean(each) for each in zip(*pushes, strict=True)
+    )
+    return pb.Times(wait_s=wait_s, load_s=load_s, compute_s=compute_s, wire_s=wire_s)
+
+
 class Histogram:
     """Exact counts of small whole numbers, such as staleness."""
 
@@ -61,6 +110,15 @@ class Histogram:
     @property
     def max(self) -> int:
         return max(self._counts, default=0)
+
+    def message(self) -> pb.Staleness:
+        return pb.Staleness(
+            mean=self.mean,
+            p50=self.percentile(50),
+            p99=self.percentile(99),
+            max=self.max,
+            histogram=self._counts,
+        )
 
     def percentile(self, percent: float) -> int:
         """The smallest value that at least `percent` of the values do not exceed."""
@@ -107,6 +165,8 @@ class RunFigures:
         """When the first update of this life was counted; `last_time` likewise the last."""
         self.last_time = 0.0
         self.lease_lost_count = 0
+        self.stale_count = 0
+        self.duplicate_count = 0
         self.malformed_count = 0
         self.bytes_in = 0
         """Messages and tensors, without gRPC's own framing; so is `bytes_out`."""

@@ -17,20 +17,31 @@ from headwater.protos.rpc import split_address
 from headwater.protos.snapshot_file import Facts, Snapshot
 from headwater.server import failpoints, update_log
 from headwater.server.config import ServerConfig
+from headwater.server.dial import Dial
+from headwater.server.history import History
 from headwater.server.identity import RunIdentity
+from headwater.server.journal import weights_crc
 from headwater.server.optimizer import AbstractOptimizer, check, resolve
 from headwater.server.order import BatchOrder
+from headwater.server.ranges import Ranges
 from headwater.server.recovery import Recovered, recover
+from headwater.server.rounds import Rounds
 from headwater.server.run_dir import RunDir
 from headwater.server.run_record import RunRecord
+from headwater.server.settings import Settings
 from headwater.server.snapshots import Snapshots, arrays_of, restored
+from headwater.server.staleness import StalenessPolicy
 from headwater.server.store import NotFinite, Published, Store, initial
 from headwater.server.update_log import LogBroken, NoRoom, Recovery, UpdateLog
+from headwater.worker.compute import fingerprint
 from headwater.worker.load import LoadedTask
-from headwater.worker.task import TaskError
+from headwater.worker.task import Task, TaskError
 from headwater.worker.user_code import guard_user_code
 
 log = logging.getLogger("headwater.server")
+
+OUTER_OPTIMIZER = "sgd(0.7, momentum=0.9, nesterov=True)"
+"""With local steps, unless another is given: DiLoCo's (Douillard et al. 2023)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,12 +50,17 @@ class Prepared:
 
     config: ServerConfig
     identity: RunIdentity
-    order: BatchOrder
+    rounds: Rounds
     store: Store
+    settings: Settings
+    """What is to hold from the start; the store may have others, of the incarnation before."""
     run_dir: RunDir
     snapshots: Snapshots
     log: UpdateLog | None
     """With --durability log."""
+    history: History
+    inner_optimizer: str
+    """With local steps; "" means the task's own."""
     optimizer_text: str
     evaluation: dict[str, Any] | None
     """The newest one of the incarnations before, as it stands in metrics.jsonl."""
@@ -60,7 +76,8 @@ class Prepared:
         Raises:
           OSError: The disk is full or broken.
         """
-        _save(self.snapshots, self.identity, self.optimizer_text, published)
+        self.history.sync()
+        _save(self.snapshots, self.identity, self.optimizer_text, published, self.rounds)
 
 
 def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
@@ -71,13 +88,14 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
     """
     with contextlib.ExitStack() as opened:
         run_dir: RunDir | None = None
+        given = config
         if RunDir.holds_run(config.run_dir):
             run_dir = opened.enter_context(contextlib.closing(RunDir(config.run_dir, loaded.name)))
             if run_dir.record is not None:
                 config = run_dir.record.settings(config)
         _check_port_is_free(config.listen)
         try:
-            prepared = _prepare(loaded, config, run_dir, opened)
+            prepared = _prepare(loaded, config, given, run_dir, opened)
         except (TaskError, LayoutError) as error:
             raise UsageError(str(error)) from None
         except (OSError, NoRoom, LogBroken) as error:
@@ -92,7 +110,11 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
 
 
 def _prepare(
-    loaded: LoadedTask, config: ServerConfig, run_dir: RunDir | None, opened: contextlib.ExitStack
+    loaded: LoadedTask,
+    config: ServerConfig,
+    given: ServerConfig,
+    run_dir: RunDir | None,
+    opened: contextlib.ExitStack,
 ) -> Prepared:
     task = loaded.task
     identity = loaded.identity()
@@ -104,35 +126,49 @@ def _prepare(
         shuffle=task.shuffle,
         remainder=task.remainder,
     )
-    optimizer = resolve(config.optimizer or task.optimizer, order.total)
+    rounds = Rounds(order, config.local_steps or 1)
+    updates = rounds.updates(Dial.parse(config.consistency or "async"))
+    optimizer = resolve(_chosen_optimizer(config, task), updates)
     check(optimizer, jax.eval_shape(task.init, jax.random.key(order.seed)))
     first = None
     if run_dir is None:
-        first = _initial(loaded, optimizer, order.seed)
+        first = _initial(loaded, optimizer, order.seed, _settings(Settings(), config))
         run_dir = opened.enter_context(contextlib.closing(RunDir(config.run_dir, loaded.name)))
     order.prepare(0)
     run = RunIdentity(run_dir.run_id, identity, task.tree.layout, loaded.software())
-    record = RunRecord.of(run_dir.run_id, loaded, run.layout, order, optimizer.text, config)
+    record = RunRecord.of(
+        run_dir.run_id, loaded, run.layout, rounds, updates, optimizer.text, config
+    )
     snapshots = Snapshots(run_dir.path, config.keep)
     snapshots.remove_leftovers()
     evaluation = None
     if run_dir.record is None:
-        store = first or _initial(loaded, optimizer, order.seed)
+        store = first or _initial(loaded, optimizer, order.seed, _settings(Settings(), config))
         recovered = Recovered(store, 0, 0, 0, ())
-        _begin(run_dir, snapshots, run, optimizer.text, store.current)
+        _begin(run_dir, snapshots, run, optimizer.text, store.current, rounds)
     else:
         record = run_dir.record.continued_as(record, str(run_dir.path))
-        recovered = _recover(loaded, optimizer, order, run, run_dir, run_dir.record, snapshots)
-        _check_epochs(order, recovered.store.current)
+        recovered = _recover(
+            loaded, optimizer, updates, rounds, run, run_dir, run_dir.record, snapshots
+        )
+        _check_epochs(rounds, recovered.store.current)
         evaluation = run_dir.cut_metrics(recovered.store.current.version)
-    opened_log = _begin_log(config, run, run_dir, snapshots, optimizer.text, recovered)
+    opened_log = _begin_log(config, run, run_dir, snapshots, optimizer.text, recovered, rounds)
     if opened_log is not None:
         opened.callback(opened_log.abandon)
+    current = recovered.store.current
+    history = History(run_dir.path, current.version, current.applied)
+    opened.callback(history.close)
+    history.go_on(recovered.lines)
+    history.append(_incarnation(record, run, current, loaded))
     run_dir.write_record(record)
     return Prepared(
         config=config,
         identity=run,
-        order=order,
+        rounds=rounds,
+        settings=_settings(current.settings, given),
+        history=history,
+        inner_optimizer=config.inner_optimizer or "",
         store=recovered.store,
         run_dir=run_dir,
         snapshots=snapshots,
@@ -145,14 +181,50 @@ def _prepare(
     )
 
 
-def _initial(loaded: LoadedTask, optimizer: AbstractOptimizer, seed: int) -> Store:
+def _chosen_optimizer(config: ServerConfig, task: Task) -> Any:
+    """With local steps the task's own optimizer is the inner one."""
+    if config.optimizer:
+        return config.optimizer
+    return OUTER_OPTIMIZER if (config.local_steps or 1) > 1 else task.optimizer
+
+
+def _settings(before: Settings, given: ServerConfig) -> Settings:
+    """With what was asked for now."""
+    after = before
+    if given.consistency is not None:
+        after = dataclasses.replace(after, dial=Dial.parse(given.consistency))
+    if given.staleness is not None:
+        after = dataclasses.replace(after, staleness=StalenessPolicy.parse(given.staleness))
+    return after
+
+
+def _incarnation(
+    record: RunRecord, run: RunIdentity, current: Published, loaded: LoadedTask
+) -> dict[str, Any]:
+    """The history's line on a server that begins to serve."""
+    return {
+        "v": current.version,
+        "incarnation": record.incarnation,
+        "run_id": run.run_id,
+        "updates": record.updates,
+        "optimizer": record.optimizer,
+        "weights": weights_crc(current),
+        "set": current.settings.to_json(),
+        "software": dict(run.software),
+        "compute": dict(fingerprint()),
+    }
+
+
+def _initial(
+    loaded: LoadedTask, optimizer: AbstractOptimizer, seed: int, settings: Settings
+) -> Store:
     """Version 0, from the task's own `init`."""
     task = loaded.task
     with guard_user_code("Task.init raised"):
         params = task.init(jax.random.key(seed))
     task.tree.check(params)
     try:
-        return Store(task.tree, optimizer, initial(task.tree, params, optimizer))
+        return Store(task.tree, optimizer, initial(task.tree, params, optimizer, settings=settings))
     except NotFinite as error:
         raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
 
@@ -163,6 +235,7 @@ def _begin(
     run: RunIdentity,
     optimizer_text: str,
     start: Published,
+    rounds: Rounds,
 ) -> None:
     """Make version 0 durable. The run exists once run.json does, which is written after it."""
     if any(snapshots.versions()) or update_log.holds_records(run_dir.path):
@@ -171,13 +244,14 @@ def _begin(
             "and is not overwritten. Restore it from a copy, or name another --run-dir"
         )
     update_log.remove_all(run_dir.path)  # begun by one that did not get as far as run.json
-    _save(snapshots, run, optimizer_text, start)
+    _save(snapshots, run, optimizer_text, start, rounds)
 
 
 def _recover(
     loaded: LoadedTask,
     optimizer: AbstractOptimizer,
-    order: BatchOrder,
+    updates: int,
+    rounds: Rounds,
     run: RunIdentity,
     run_dir: RunDir,
     before: RunRecord,
@@ -185,19 +259,20 @@ def _recover(
 ) -> Recovered:
     """The state that the incarnation before left, for `optimizer` to go on with."""
     tree, incarnation = loaded.task.tree, before.incarnation + 1
-    old_total = dataclasses.replace(order, epochs=before.epochs).total
-    old = resolve(before.asked.get("optimizer") or loaded.task.optimizer, old_total)
-    snapshot = snapshots.newest()
+    was = ServerConfig(optimizer=before.asked.get("optimizer"), local_steps=before.local_steps)
+    old = resolve(_chosen_optimizer(was, loaded.task), before.updates)
+    snapshot = _in_rounds(snapshots.newest(), rounds)
     recovery = Recovery(run_dir.path, _log_facts(run), snapshot.facts.version)
     try:
         # With the optimizer that made the log's updates, or they would be others.
         recovered = recover(
             snapshot, recovery, tree, old, incarnation=incarnation, software=run.software
         )
-        if (old.text, old_total) != (optimizer.text, order.total):
+        if (old.text, before.updates) != (optimizer.text, updates):
             store = recovered.store
-            facts, arrays = _snapshot_of(run, old.text, store.current)
-            state = restored(Snapshot(facts, arrays), tree, optimizer, incarnation)
+            facts, arrays = _snapshot_of(run, old.text, store.current, rounds)
+            again = _in_rounds(Snapshot(facts, arrays), rounds)
+            state = restored(again, tree, optimizer, incarnation)
             if recovered.replayed:  # a later recovery would replay with the new optimizer
                 snapshots.save(facts, arrays)
                 update_log.remove_all(run_dir.path)
@@ -220,6 +295,7 @@ def _begin_log(
     snapshots: Snapshots,
     optimizer_text: str,
     recovered: Recovered,
+    rounds: Rounds,
 ) -> UpdateLog | None:
     current = recovered.store.current
     if config.durability == "log":
@@ -227,18 +303,18 @@ def _begin_log(
             run_dir.path, _log_facts(run), version=current.version, sequence=recovered.sequence
         )
     if recovered.replayed:
-        _save(snapshots, run, optimizer_text, current)  # the log is not gone on with
+        _save(snapshots, run, optimizer_text, current, rounds)  # the log is not gone on with
     if update_log.segments(run_dir.path):
         update_log.remove_all(run_dir.path)
     return None
 
 
-def _check_epochs(order: BatchOrder, current: Published) -> None:
+def _check_epochs(rounds: Rounds, current: Published) -> None:
     end = max((end for _, end in current.applied.pairs), default=0)
-    if end > order.total:
+    if end > rounds.total:
         raise UsageError(
-            f"--epochs {order.epochs} ends before what the run has trained already: it is in epoch "
-            f"{(end - 1) // order.per_epoch + 1}"
+            f"--epochs {rounds.order.epochs} ends before what the run has trained already: it is "
+            f"in epoch {(end - 1) // rounds.per_epoch + 1}"
         )
 
 
@@ -246,8 +322,23 @@ def _log_facts(run: RunIdentity) -> dict[str, str]:
     return {"run_id": run.run_id, "layout": run.layout.fingerprint}
 
 
+def _in_rounds(snapshot: Snapshot, rounds: Rounds) -> Snapshot:
+    """With rounds for the batches that a snapshot counts."""
+    facts = snapshot.facts
+    done, skipped = (
+        rounds.of_batches(Ranges(tuple((start, end) for start, end in pairs)))
+        for pairs in (facts.applied, facts.left_out)
+    )
+    facts = dataclasses.replace(facts, applied=_pairs(done), left_out=_pairs(skipped))
+    return Snapshot(facts, snapshot.arrays)
+
+
+def _pairs(ranges: Ranges) -> list[list[int]]:
+    return [list(pair) for pair in ranges.pairs]
+
+
 def _snapshot_of(
-    run: RunIdentity, optimizer_text: str, published: Published
+    run: RunIdentity, optimizer_text: str, published: Published, rounds: Rounds
 ) -> tuple[Facts, dict[str, np.ndarray]]:
     arrays, prefix = arrays_of(run.layout, published)
     facts = Facts(
@@ -255,8 +346,9 @@ def _snapshot_of(
         task=run.task.name,
         incarnation=published.incarnation,
         version=published.version,
-        applied=[list(pair) for pair in published.applied.pairs],
-        left_out=[list(pair) for pair in published.left_out.pairs],
+        applied=_pairs(rounds.in_batches(published.applied)),
+        left_out=_pairs(rounds.in_batches(published.left_out)),
+        settings=published.settings.to_json(),
         optimizer=optimizer_text,
         optimizer_prefix=prefix,
         software=run.software,
@@ -266,9 +358,13 @@ def _snapshot_of(
 
 
 def _save(
-    snapshots: Snapshots, run: RunIdentity, optimizer_text: str, published: Published
+    snapshots: Snapshots,
+    run: RunIdentity,
+    optimizer_text: str,
+    published: Published,
+    rounds: Rounds,
 ) -> None:
-    snapshots.save(*_snapshot_of(run, optimizer_text, published))
+    snapshots.save(*_snapshot_of(run, optimizer_text, published, rounds))
 
 
 class PortTaken(UsageError):

@@ -18,11 +18,13 @@ import numpy as np
 
 from headwater.protos.errors import UsageError
 from headwater.protos.snapshot_file import Snapshot
+from headwater.server.history import Line
 from headwater.server.journal import weights_crc
 from headwater.server.log_records import Kind, Record
 from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.settings import Settings
 from headwater.server.snapshots import restored
-from headwater.server.store import Store
+from headwater.server.store import Step, Store
 from headwater.server.update_log import Recovery
 from headwater.worker.tree import ParameterTree
 
@@ -43,6 +45,8 @@ class Recovered:
     sequence: int
     """Of the log's last record; 0 where there is none."""
     warnings: tuple[str, ...]
+    lines: tuple[Line, ...] = ()
+    """What the history has to say of what was replayed."""
 
 
 def recover(
@@ -71,10 +75,12 @@ def recover(
     began = said = time.monotonic()
     store = Store(tree, optimizer, restored(snapshot, tree, optimizer, incarnation))
     warnings = _changes(snapshot.facts.software, software)
+    lines: list[Line] = []
     replayed, same_bits = 0, True
     for record in recovery:
         if not _is_new(record, store):
             continue
+        lines.append(_line(record))
         if same_bits and record.kind is Kind.UPDATE:
             same_bits = weights_crc(store.current) == record.weights_crc
             if not same_bits:
@@ -93,13 +99,24 @@ def recover(
             "replayed %d records of the log in %.1f s, from version %d to %d",
             replayed, time.monotonic() - began, snapshot.facts.version, store.current.version,
         )  # fmt: skip
-    return Recovered(store, snapshot.facts.version, replayed, recovery.sequence, tuple(warnings))
+    return Recovered(
+        store,
+        snapshot.facts.version,
+        replayed,
+        recovery.sequence,
+        tuple(warnings),
+        tuple(lines),
+    )
 
 
 def _is_new(record: Record, store: Store) -> bool:
     """Whether the state lacks a record; raises where records before it are missing."""
     current = store.current
-    if record.position in current.applied:
+    if record.kind is Kind.SETTINGS:
+        # Harmless a second time, where the snapshot has them already.
+        if record.version < current.version:
+            return False
+    elif _positions(record)[0] in current.applied:
         return False
     expected = current.version + (record.kind is Kind.UPDATE)
     if record.version != expected:
@@ -110,16 +127,33 @@ def _is_new(record: Record, store: Store) -> bool:
     return True
 
 
+def _positions(record: Record) -> tuple[int, ...]:
+    if record.kind is Kind.LEFT_OUT:
+        return (record.detail,)
+    return tuple(position for position, *_ in record.detail)
+
+
+def _line(record: Record) -> Line:
+    """As the history had it, or would have."""
+    what = {Kind.UPDATE: "u", Kind.LEFT_OUT: "out", Kind.SETTINGS: "set"}[record.kind]
+    return {"v": record.version, what: record.detail}
+
+
 def _replay(record: Record, store: Store) -> None:
     if record.kind is Kind.LEFT_OUT:
-        store.leave_out(record.position)
+        store.leave_out(record.detail)
+        return
+    if record.kind is Kind.SETTINGS:
+        store.set(Settings.from_json(record.detail))
         return
     gradient: Any = np.frombuffer(record.gradient, np.uint8)
     if gradient.ctypes.data % 64:  # the tensors in it have to be aligned
         aligned = store.layout.empty()
         aligned[:] = gradient
         gradient = aligned
-    store.move(gradient, record.loss, record.position)
+    leaves = list(store.layout.views(gradient).values())
+    staleness = max(store.current.version - base for _, base, *_ in record.detail)
+    store.move(Step(leaves, record.loss, _positions(record), staleness))
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -14,10 +14,15 @@ from collections import deque
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
-from headwater.server.metrics import Histogram, Rate
+from headwater.server.metrics import Histogram, Rate, Times
 
 MAX_TEXT = 80
 """Characters kept of a name or a host that a worker gives."""
+
+FIRST_RESERVE = 8
+"""Of a worker whose speed is not known yet."""
+MAX_RESERVE = 8
+"""More would keep batches that were refused from those who have yet to try them."""
 
 _PHASES = {
     pb.PHASE_COMPILING: "compiling",
@@ -52,7 +57,7 @@ class Member:
     gradients: int = 0
     step_s: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=200))
     """Seconds from ticket to whole gradient, of the last pushes."""
-    compute_s: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=50))
+    times: Times = dataclasses.field(default_factory=Times)
 
     def set_phase(self, phase: pb.Phase) -> None:
         self.phase = _PHASES.get(phase, self.phase)
@@ -64,7 +69,14 @@ class Member:
         p99 = sorted(self.step_s)[math.ceil(0.99 * len(self.step_s)) - 1]
         return max(least_s, 10 * p99)
 
-    def status(self, now: float, quarantined: bool) -> pb.WorkerStatus:
+    def reserve(self, lease_s: float) -> int:
+        """Tickets' worth of batches to reserve for it: what it computes in about `lease_s`."""
+        if not self.step_s:
+            return FIRST_RESERVE
+        step_s = max(statistics.median(self.step_s), 1e-6)
+        return max(1, min(MAX_RESERVE, round(lease_s / step_s)))
+
+    def status(self, now: float, quarantined: bool, leased: int) -> pb.WorkerStatus:
         return pb.WorkerStatus(
             id=self.id,
             name=self.name,
@@ -76,8 +88,11 @@ class Member:
             gradients=self.gradients,
             examples_per_second=self.examples.per_second(now),
             staleness_mean=self.staleness.mean,
-            compute_s=statistics.median(self.compute_s) if self.compute_s else 0.0,
+            compute_s=self.times.median_compute_s,
             connected_s=now - self.joined_time,
+            staleness=self.staleness.message(),
+            times=self.times.message(),
+            leased=leased,
         )
 
 
@@ -158,6 +173,6 @@ class Roster:
         return next(n for k in range(2, len(taken) + 3) if (n := f"{name}-{k}") not in taken)
 
 
-def printable(text: str) -> str:
+def printable(text: str, limit: int = MAX_TEXT) -> str:
     """A peer's text, safe and short enough to show."""
-    return "".join(c for c in text if c.isprintable()).strip()[:MAX_TEXT]
+    return "".join(c for c in text if c.isprintable()).strip()[:limit]

@@ -11,13 +11,17 @@ from headwater import __version__
 from headwater.protos.errors import UsageError
 from headwater.protos.layout import Layout
 from headwater.server.config import ServerConfig
-from headwater.server.order import ORDER_VERSION, BatchOrder
+from headwater.server.order import ORDER_VERSION
+from headwater.server.rounds import Rounds
 from headwater.worker.load import LoadedTask
 
 FORMAT = 1
 """Of the run directory as a whole."""
 
-_ASKED = ("epochs", "batch_size", "optimizer", "seed")
+_ASKED = (
+    *("epochs", "batch_size", "optimizer", "seed"),
+    *("consistency", "local_steps", "inner_optimizer"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class RunRecord:
     remainder: str
     order_version: int
     epochs: int
+    local_steps: int
+    updates: int
+    """Of the whole run, as schedules count them."""
     optimizer: str
     asked: Mapping[str, Any]
     """The options of `headwater server` that override the task's values; they go on to hold."""
@@ -49,11 +56,13 @@ class RunRecord:
         run_id: str,
         loaded: LoadedTask,
         layout: Layout,
-        order: BatchOrder,
+        rounds: Rounds,
+        updates: int,
         optimizer: str,
         config: ServerConfig,
     ) -> RunRecord:
         """What the first incarnation of a run writes."""
+        order = rounds.order
         return cls(
             run_id=run_id,
             incarnation=1,
@@ -67,6 +76,8 @@ class RunRecord:
             remainder=order.remainder,
             order_version=ORDER_VERSION,
             epochs=order.epochs,
+            local_steps=rounds.steps,
+            updates=updates,
             optimizer=optimizer,
             asked={name: getattr(config, name) for name in _ASKED},
         )
@@ -120,6 +131,7 @@ class RunRecord:
                 ("seed", self.seed, new.seed),
                 ("shuffle", self.shuffle, new.shuffle),
                 ("remainder", self.remainder, new.remainder),
+                ("local steps", self.local_steps, new.local_steps),
                 ("version of the batch order", self.order_version, new.order_version),
             )
             if here != there

@@ -80,13 +80,16 @@ class Serving:
         self._grace_ends = 0.0
         self.run_state = Coordinator(
             prepared.store,
-            prepared.order,
+            prepared.rounds,
             prepared.identity,
             prepared.config,
             self._done.set_result,
             run_dir=str(prepared.run_dir.path),
             optimizer_text=prepared.optimizer_text,
+            inner_optimizer=prepared.inner_optimizer,
+            settings=prepared.settings,
             update_log=prepared.log,
+            history=prepared.history,
         )
         self._saver = Saver(self.run_state, prepared)
         for number, warning in enumerate(prepared.warnings):
@@ -153,6 +156,7 @@ class Serving:
         if journal is not None:
             journal.give_up()
         self.run_state.applier.close()
+        self._prepared.history.close()
         if journal is not None:
             try:
                 journal.close()
@@ -288,7 +292,7 @@ class Serving:
 
     async def _shuffle_ahead(self) -> None:
         """Have the next epoch's order ready before its first lease."""
-        order, prepared = self._prepared.order, 0
+        order, prepared = self._prepared.rounds.order, 0
         while prepared < order.epochs:
             wanted = self.run_state.ledger.epoch + 2
             while prepared < min(wanted + 1, order.epochs):
@@ -300,6 +304,11 @@ class Serving:
         logged = -1
         while True:
             await asyncio.sleep(PROGRESS_S)
+            await asyncio.to_thread(self._prepared.history.flush)
+            if problem := self._prepared.history.problem:
+                self.run_state.problems["history"] = problem
+            else:
+                self.run_state.problems.pop("history", None)
             now = status(self.run_state)
             if now.stamp.version != logged:
                 logged = now.stamp.version
@@ -360,7 +369,13 @@ def _progress(now: pb.StatusReply) -> dict[str, Any]:
         "updates_per_second": now.updates_per_second,
         "examples_per_second": now.examples_per_second,
         "staleness_mean": now.staleness.mean,
+        "staleness_p50": now.staleness.p50,
+        "staleness_p99": now.staleness.p99,
         "staleness_max": now.staleness.max,
+        "wait_s": now.times.wait_s,
+        "load_s": now.times.load_s,
+        "compute_s": now.times.compute_s,
+        "wire_s": now.times.wire_s,
         "workers": len(now.workers),
     }
 

@@ -33,6 +33,7 @@ from headwater.protos.snapshot_file import (
 from headwater.server import failpoints
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
+from headwater.server.settings import Settings
 from headwater.server.store import Published
 from headwater.worker.tree import ParameterTree, PyTree
 
@@ -166,6 +167,7 @@ def restored(
         optimizer_state=jax.tree.unflatten(jax.tree.structure(template), state),
         applied=_ranges(facts.applied),
         left_out=_ranges(facts.left_out),
+        settings=Settings.from_json(facts.settings),
     )
 
 

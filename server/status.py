@@ -5,6 +5,7 @@ from __future__ import annotations
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.server.coordinator import Coordinator
 from headwater.server.ledger import BatchState
+from headwater.server.metrics import mean_times
 
 
 def status(run: Coordinator) -> pb.StatusReply:
@@ -14,6 +15,11 @@ def status(run: Coordinator) -> pb.StatusReply:
     loss = means.pop("loss", None)
     ledger = run.ledger
     evaluation = run.evaluations.newest
+    rounds = run.rounds
+    done = len(rounds.in_batches(ledger.applied))
+    skipped = len(rounds.in_batches(run.current.left_out))
+    leased = rounds.batch_count(ledger.positions(BatchState.LEASED, BatchState.TICKETED))
+    admitted = rounds.batch_count(ledger.positions(BatchState.ADMITTED))
     return pb.StatusReply(
         stamp=run.stamp(),
         run_id=run.identity.run_id,
@@ -21,20 +27,17 @@ def status(run: Coordinator) -> pb.StatusReply:
         state=run.state,
         epoch=ledger.epoch,
         epochs=run.order.epochs,
-        batches_applied=len(ledger.applied) - len(run.current.left_out),
-        batches_total=ledger.total,
+        batches_applied=done - skipped,
+        batches_total=run.order.total,
         loss=loss,
         metrics=dict(evaluation.metrics) if evaluation else {},
         metrics_version=evaluation.version if evaluation else None,
         updates_per_second=run.figures.updates.per_second(now),
         examples_per_second=run.figures.examples.per_second(now),
-        staleness=pb.Staleness(
-            mean=run.figures.staleness.mean,
-            p50=run.figures.staleness.percentile(50),
-            p99=run.figures.staleness.percentile(99),
-            max=run.figures.staleness.max,
-        ),
+        staleness=run.figures.staleness.message(),
         rejected=pb.Rejected(
+            stale=run.figures.stale_count,
+            duplicate=run.figures.duplicate_count,
             lease_lost=run.figures.lease_lost_count,
             nonfinite=run.refusals.total,
             malformed=run.figures.malformed_count,
@@ -43,21 +46,29 @@ def status(run: Coordinator) -> pb.StatusReply:
         bytes_in=run.figures.bytes_in,
         bytes_out=run.figures.bytes_out,
         workers=[
-            member.status(now, member.id in run.refusals.quarantined)
+            member.status(
+                now,
+                member.id in run.refusals.quarantined,
+                rounds.batch_count(ledger.leased_to(member.id)),
+            )
             for member in run.roster.members.values()
         ],
+        times=mean_times(member.times for member in run.roster.members.values()),
         run_dir=run.run_dir,
-        consistency=run.config.consistency,
+        consistency=str(run.settings.dial),
+        staleness_policy=str(run.settings.staleness),
+        local_steps=run.rounds.steps,
+        inner_optimizer=run.inner_optimizer,
         optimizer=run.optimizer_text,
-        skipped=len(run.current.left_out),
+        skipped=skipped,
         problems=list(run.problems.values()),
         uptime_s=now - run.began_time,
         training_metrics=means,
         example_count=run.order.example_count,
         batch_size=run.order.batch_size,
-        batches_pending=ledger.pending_count,
-        batches_leased=ledger.count(BatchState.LEASED) + ledger.count(BatchState.TICKETED),
-        batches_admitted=ledger.count(BatchState.ADMITTED),
+        batches_pending=run.order.total - done - leased - admitted,
+        batches_leased=leased,
+        batches_admitted=admitted,
         durability=run.config.durability,
         snapshot_every=str(run.config.snapshot_interval),
     )

@@ -9,6 +9,7 @@ same calls in, the same state out.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from headwater.protos.layout import Bytes, Layout
+from headwater.server.combine import combine
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
+from headwater.server.settings import Settings
 from headwater.worker.tree import ParameterTree, PyTree
+
+Leaves = Sequence[Any]
+"""Arrays of the parameters' shapes and dtypes, in layout order."""
 
 
 class NotFinite(ValueError):
@@ -27,7 +33,7 @@ class NotFinite(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One version: its weights, and which batches made it. Never mutated."""
+    """One version: its weights, which batches made it, and what holds. Never mutated."""
 
     incarnation: int
     version: int
@@ -37,19 +43,55 @@ class Published:
     applied: Ranges
     """Positions of the batches that are done with, those left out included."""
     left_out: Ranges
+    settings: Settings = dataclasses.field(default_factory=Settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contribution:
+    """One gradient of an update."""
+
+    position: int
+    base: int
+    """The version that it was computed at."""
+    examples: int
+    loss: float
+    """Mean over them."""
+    gradient: Bytes
+    """The flat buffer, uint8 of shape (layout.total_bytes,)."""
+    worker: str = ""
+    """As the history names it."""
+    base_leaves: tuple[jax.Array, ...] | None = None
+    """The weights of that version, where the staleness policy needs them."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """What the optimizer is given for one update."""
+
+    leaves: Leaves
+    loss: float
+    positions: tuple[int, ...]
+    staleness: int
+    """Versions; 0 for a group."""
+    flat: Bytes | None = None
+    """The buffer that the leaves are views of, if they are."""
 
 
 def initial(
-    tree: ParameterTree, params: PyTree, optimizer: AbstractOptimizer, incarnation: int = 1
+    tree: ParameterTree,
+    params: PyTree,
+    optimizer: AbstractOptimizer,
+    incarnation: int = 1,
+    settings: Settings = Settings(),  # noqa: B008  (frozen)
 ) -> Published:
     """Version 0 of a run, from what `Task.init` gave."""
     leaves = tuple(jnp.array(leaf) for leaf in tree.leaves(params))  # a copy: they stay the user's
     state = optimizer.init(tree.restore(leaves))
-    return Published(incarnation, 0, leaves, state, Ranges(), Ranges())
+    return Published(incarnation, 0, leaves, state, Ranges(), Ranges(), settings)
 
 
 class Store:
-    """The newest version, and `apply`, which makes the next one.
+    """The newest version, and `move`, which makes the next one.
 
     Args:
       tree: Of the parameters.
@@ -62,22 +104,53 @@ class Store:
 
     def __init__(self, tree: ParameterTree, optimizer: AbstractOptimizer, start: Published) -> None:
         self._tree = tree
+        self.optimizer = optimizer
         self.current = start
-        params = tree.restore(start.leaves)
         loss = np.zeros((), np.float32)
         # Compiled here, so that the first push does not wait for it.
         self._is_finite = jax.jit(_is_finite).lower(start.leaves, loss).compile()
-        self._step = (
-            jax.jit(optimizer.apply).lower(params, start.optimizer_state, params, loss).compile()
-        )
+        self._steps: dict[Any, Any] = {}
+        self.prepare(start.settings)
         self._check(start.leaves, loss)
 
     @property
     def layout(self) -> Layout:
         return self._tree.layout
 
+    # ------------------------------------------------------------- changing
+
+    def prepare(self, settings: Settings) -> bool:
+        """Compile what updates under these settings need; whether there was anything.
+
+        May be called from another thread than `move`.
+
+        Raises:
+          OptimizerError: A number cannot be set to that.
+        """
+        numbers = {**settings.numbers, **{plan.name: plan.value for plan in settings.planned}}
+        wanted = [dataclasses.replace(settings, numbers=numbers), settings]
+        missing = [s for s in wanted if self._key(s) not in self._steps]
+        for each in missing:
+            self._step(each)
+        return bool(missing)
+
+    def set(self, settings: Settings) -> Published:
+        """Have other settings hold from the next update on; the version stays."""
+        self.current = self._with(self.current, settings)
+        return self.current
+
+    def _with(self, before: Published, settings: Settings) -> Published:
+        old = before.settings.numbers
+        new = {n: v for n, v in settings.numbers.items() if n not in old or old[n] != v}
+        state = before.optimizer_state
+        if in_state := self.optimizer.in_state(new):
+            state = self.optimizer.set_in_state(state, in_state)
+        return dataclasses.replace(before, settings=settings, optimizer_state=state)
+
+    # --------------------------------------------------------------- moving
+
     def apply(self, gradient: Bytes, loss: float, position: int) -> Published:
-        """Move the weights by one gradient; the version grows by one.
+        """Move the weights by one fresh gradient; the version grows by one.
 
         Args:
           gradient: The flat buffer, uint8 of shape (layout.total_bytes,). It may
@@ -88,8 +161,8 @@ class Store:
         Raises:
           NotFinite: The gradient or the loss is not finite.
         """
-        self.check(gradient, loss)
-        return self.move(gradient, loss, position)
+        fresh = Contribution(position, self.current.version, 1, loss, gradient)
+        return self.move(self.step([fresh]))
 
     def check(self, gradient: Bytes, loss: float) -> None:
         """Whether `move` may have them.
@@ -99,25 +172,58 @@ class Store:
         """
         self._check(list(self.layout.views(gradient).values()), _loss_array(loss))
 
-    def move(self, gradient: Bytes, loss: float, position: int) -> Published:
-        """`apply`, for what `check` has passed."""
-        grads = list(self.layout.views(gradient).values())
-        loss_array = _loss_array(loss)
+    def step(self, contributions: Sequence[Contribution]) -> Step:
+        """Put an update together from its gradients, in the order of their batches.
+
+        Raises:
+          NotFinite: What comes out is not finite.
+        """
         before = self.current
-        params, state = self._step(
-            self._tree.restore(grads),
+        gradients = [list(self.layout.views(c.gradient).values()) for c in contributions]
+        leaves, loss = combine(
+            gradients,
+            contributions,
+            before.leaves,
+            before.settings.staleness,
+        )
+        self._check(leaves, _loss_array(loss))
+        return Step(
+            leaves,
+            loss,
+            tuple(c.position for c in contributions),
+            max(before.version - c.base for c in contributions),
+            contributions[0].gradient if leaves is gradients[0] else None,
+        )
+
+    def move(self, step: Step) -> Published:
+        """Make the next version; its settings are those that are due by now.
+
+        The step's arrays may be used again when this returns.
+        """
+        before = self.current
+        settings = before.settings.at(before.version)
+        if settings is not before.settings:
+            before = self._with(before, settings)
+        compiled, live, scale = self._step(settings)
+        arguments = [
+            self._tree.restore(list(step.leaves)),
             before.optimizer_state,
             self._tree.restore(before.leaves),
-            loss_array,
-        )
+            _loss_array(step.loss),
+            *_extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
+        ]
+        params, state = compiled(*arguments)
         # XLA may read the gradient where it lies: it is ours until this is ready.
         jax.block_until_ready((params, state))
+        applied = before.applied
+        for position in step.positions:
+            applied = applied.add(position)
         self.current = dataclasses.replace(
             before,
             version=before.version + 1,
             leaves=tuple(self._tree.leaves(params)),
             optimizer_state=state,
-            applied=before.applied.add(position),
+            applied=applied,
         )
         return self.current
 
@@ -131,7 +237,29 @@ class Store:
         )
         return self.current
 
-    def _check(self, leaves: Any, loss: np.ndarray) -> None:
+    # ------------------------------------------------------------ privately
+
+    def _key(self, settings: Settings) -> Any:
+        fixed = self.optimizer.compiled_in(settings.numbers)
+        live = self.optimizer.live_values(settings.numbers)
+        return tuple(sorted(fixed.items())), tuple(sorted(live)), settings.staleness.scale
+
+    def _step(self, settings: Settings) -> tuple[Any, dict[str, float], bool]:
+        """The compiled update, the numbers that it takes, and whether it takes a scale."""
+        key, scale = self._key(settings), settings.staleness.scale
+        live = self.optimizer.live_values(settings.numbers)
+        if key not in self._steps:
+            start = self.current
+            params = self._tree.restore(start.leaves)
+            fixed = self.optimizer.compiled_in(settings.numbers)
+            optimizer = self.optimizer.with_numbers(fixed, params)
+            loss = np.zeros((), np.float32)
+            extras = _extras(live, 1.0 if scale else None)
+            arguments = [params, start.optimizer_state, params, loss, *extras]
+            self._steps[key] = jax.jit(optimizer.apply).lower(*arguments).compile()
+        return self._steps[key], live, scale
+
+    def _check(self, leaves: Leaves, loss: np.ndarray) -> None:
         if self._is_finite(tuple(leaves), loss):
             return
         if not np.isfinite(loss):
@@ -140,6 +268,13 @@ class Store:
             count = np.size(leaf) - int(np.count_nonzero(jnp.isfinite(_wide(jnp.asarray(leaf)))))
             if count:
                 raise NotFinite(f"{count} of the {np.size(leaf)} numbers in {spec.name}")
+
+
+def _extras(live: dict[str, float], scale: float | None) -> list[Any]:
+    """What `AbstractOptimizer.apply` gets beside the usual, where there is any."""
+    if scale is not None:
+        return [live, np.float32(scale)]
+    return [live] if live else []
 
 
 def _loss_array(loss: float) -> np.ndarray:

@@ -122,14 +122,15 @@ class UpdateLog:
             gradient=gradient,
             **values,
         )
+        head = log_records.encode(record)
         try:
-            files.write_all(self._file, log_records.encode(record))
+            files.write_all(self._file, head)
             files.write_all(self._file, gradient)
         except OSError as error:
             with self._breaking():
                 files.DISK.truncate(self._file, self._size)
             raise self._kind_of(error) from error
-        self._size += log_records.RECORD_BYTES + len(gradient)
+        self._size += len(head) + len(gradient)
         self._appended, self._version = record.sequence, version
         failpoints.reach("log-appended")
         return record.sequence
@@ -370,7 +371,7 @@ class Recovery:
                 unsynced.append((found.sequence, at))
                 while unsynced[0][0] <= found.synced:
                     unsynced.popleft()
-                at += log_records.RECORD_BYTES + len(found.gradient)
+                at += len(log_records.encode(found)) + len(found.gradient)
                 self.sequence = found.sequence
                 if found.kind is not Kind.SYNCED:
                     yield found

@@ -1,10 +1,11 @@
-"""Loss and gradient of one batch, jitted, as NumPy arrays in layout order."""
+"""From weights and batches to what a worker pushes; here, one batch's loss and gradient."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +16,13 @@ from headwater.worker.data import Batch
 from headwater.worker.task import Task, TaskError
 from headwater.worker.tree import PyTree
 
+Step = tuple[Batch, int, int]
+"""A batch, its epoch, and its number in the epoch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """What one batch gave."""
+    """What a ticket's batches gave."""
 
     loss: float
     metrics: Mapping[str, float]
@@ -26,11 +30,8 @@ class Gradient:
     """In layout order; each of its parameter's shape and dtype."""
 
 
-class GradientFunction:
-    """A task's loss and gradient, compiled once for each shape of batch.
-
-    The loss's key is `fold_in(fold_in(key(seed), epoch), number)`, made inside
-    the compiled function, so that a batch gives the same gradient anywhere.
+class AbstractGradientFunction(abc.ABC):
+    """What a worker computes for a ticket, compiled once for each shape of batch.
 
     Args:
       task: Its loss is traced when a shape is compiled.
@@ -40,7 +41,6 @@ class GradientFunction:
     def __init__(self, task: Task, seed: int) -> None:
         self._task = task
         self._seed = seed
-        self._jitted = jax.jit(self._loss_and_gradient)
         self._compiled: dict[Any, Any] = {}
 
     def compile(self, batch: Batch) -> float:
@@ -54,36 +54,42 @@ class GradientFunction:
         if shapes in self._compiled:
             return 0.0
         began = time.perf_counter()
-        params = self._task.tree.restore(
-            [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in self._task.tree.layout.tensors]
-        )
-        number = np.zeros((), np.uint32)
-        self._compiled[shapes] = self._jitted.lower(params, batch, number, number).compile()
+        self._compiled[shapes] = self._compile(batch)
         return time.perf_counter() - began
 
+    @abc.abstractmethod
     def __call__(
-        self, weights: Sequence[np.ndarray], batch: Batch, epoch: int, number: int
+        self,
+        weights: Sequence[np.ndarray],
+        steps: Sequence[Step],
+        on_step: Callable[[], None] = lambda: None,
     ) -> Gradient:
-        """The gradient of one batch.
+        """What is to be pushed for these batches.
 
         Args:
           weights: In layout order. May be written again when this returns.
-          batch: A pytree of arrays whose leading axis is the batch.
-          epoch: Of the batch.
-          number: Of the batch in its epoch.
+          steps: The ticket's batches, in its order.
+          on_step: Called when one of them has been computed.
         """
+
+    @abc.abstractmethod
+    def _compile(self, batch: Batch) -> Any:
+        """What `_compiled_for` gives for batches of this one's shapes."""
+
+    def _compiled_for(self, batch: Batch) -> Any:
         shapes = _shapes(batch)
         if shapes not in self._compiled:
             self.compile(batch)
-        (loss, metrics), grads = self._compiled[shapes](
-            self._task.tree.restore(weights), batch, np.uint32(epoch), np.uint32(number)
-        )
-        leaves = [np.asarray(leaf) for leaf in self._task.tree.leaves(grads)]
-        return Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
+        return self._compiled[shapes]
 
     def _loss_and_gradient(
         self, params: PyTree, batch: Batch, epoch: jax.Array, number: jax.Array
     ) -> Any:
+        """((loss, metrics), gradient) of one batch, to be traced.
+
+        The loss's key is `fold_in(fold_in(key(seed), epoch), number)`, made inside
+        the compiled function, so that a batch gives the same gradient anywhere.
+        """
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), epoch), number)
 
         def loss(params: PyTree) -> Any:
@@ -93,6 +99,40 @@ class GradientFunction:
         # JAX gives the conjugate of the direction of steepest ascent for complex
         # parameters; optax descends along what it is given.
         return values, jax.tree.map(_conjugate, grads)
+
+
+class GradientFunction(AbstractGradientFunction):
+    """A task's loss and gradient. Takes exactly one batch at a time."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        super().__init__(task, seed)
+        self._jitted = jax.jit(self._loss_and_gradient)
+
+    def __call__(
+        self,
+        weights: Sequence[np.ndarray],
+        steps: Sequence[Step],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Gradient:
+        ((batch, epoch, number),) = steps
+        (loss, metrics), grads = self._compiled_for(batch)(
+            self._task.tree.restore(weights), batch, np.uint32(epoch), np.uint32(number)
+        )
+        leaves = [np.asarray(leaf) for leaf in self._task.tree.leaves(grads)]
+        gradient = Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
+        on_step()
+        return gradient
+
+    def _compile(self, batch: Batch) -> Any:
+        number = np.zeros((), np.uint32)
+        return self._jitted.lower(parameter_shapes(self._task), batch, number, number).compile()
+
+
+def parameter_shapes(task: Task) -> PyTree:
+    """The task's tree of parameters, with shapes and dtypes for arrays."""
+    return task.tree.restore(
+        [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in task.tree.layout.tensors]
+    )
 
 
 def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:

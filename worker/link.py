@@ -27,6 +27,9 @@ SILENCE_S = 15.0
 """Without a message of the server that was waited for, or without room for one of
 ours: then the stream is given up. The server says something every few seconds."""
 
+STATUS_TIMEOUT_S = 5.0
+"""For one answer about the dial."""
+
 _COMES_BACK = {Reason.SILENT, Reason.SLOW_READER, Reason.SERVER_ENDED}
 """Refusals that a new connection may mend."""
 
@@ -164,6 +167,24 @@ class Patience:
         while time.monotonic() < end and not give_up():
             time.sleep(0.05)
         self._pause_s = min(2.0, self._pause_s * 2)
+
+
+def consistency_of(address: str, patience: Patience) -> str:
+    """The position of the server's dial, once it tells.
+
+    Raises:
+      Unreachable: Nobody told in time.
+    """
+    while True:
+        with rpc.connect(address) as channel:
+            try:
+                status = rpc.Stub(channel).GetStatus(pb.StatusRequest(), timeout=STATUS_TIMEOUT_S)
+                return str(status.consistency)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise from_rpc_error(error, address) from None
+                text = error.details() or error.code().name
+        patience.wait(text, lambda: False)
 
 
 def refuse_older(stamp: pb.Stamp, seen_incarnation: int) -> None:

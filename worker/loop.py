@@ -1,4 +1,4 @@
-"""A worker's life: take a ticket, compute a gradient, push it, again.
+"""A worker's life: take a ticket, compute its gradient, push it, again.
 
 It keeps nothing that matters. It never repeats a push: when the stream breaks
 it drops what it was doing, connects again and asks anew; the server's ledger
@@ -23,11 +23,13 @@ from headwater.protos.command import expected_run_id
 from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
 from headwater.protos.rpc import PROTOCOL
 from headwater.protos.wire import parts
+from headwater.worker.compute import fingerprint
 from headwater.worker.data import batch_rng
-from headwater.worker.gradient import Gradient, GradientFunction
+from headwater.worker.gradient import AbstractGradientFunction, Gradient, GradientFunction
 from headwater.worker.link import SILENCE_S, Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
+from headwater.worker.local_steps import LocalSteps
 from headwater.worker.task import batch_sizes
 
 log = logging.getLogger("headwater.worker")
@@ -38,6 +40,9 @@ LEAVE_TIMEOUT_S = 5.0
 SAY_S = 10.0
 """Between lines about how it goes."""
 
+# Both are a part of normal life: duplicates in sync mode, stale pushes where they are dropped.
+_LEVELS = {pb.OUTCOME_DUPLICATE: logging.DEBUG, pb.OUTCOME_STALE: logging.INFO}
+
 
 class Worker:
     """Trains `loaded` for the server at `address` until the run is over.
@@ -45,23 +50,23 @@ class Worker:
     Args:
       loaded: The task; must be the server's.
       address: HOST:PORT.
+      patience: For the first connection; later ones have all the time there is.
       name: Shown in status; the server makes one up for "".
-      connect_timeout_s: For the first connection; later ones have all the time there is.
     """
 
     def __init__(
         self,
         loaded: LoadedTask,
         address: str,
+        patience: Patience,
         *,
         name: str = "",
-        connect_timeout_s: float = 60.0,
     ) -> None:
         self._loaded = loaded
         self._task = loaded.task
         self._address = address
         self._layout = self._task.tree.layout
-        self._patience = Patience(address, connect_timeout_s)
+        self._patience = patience
         self._hello = pb.Hello(
             protocol=PROTOCOL,
             run_id=expected_run_id(),
@@ -74,11 +79,13 @@ class Worker:
             platform=jax.default_backend(),
             devices=1,
             software=loaded.software(),
+            compute=fingerprint(),
         )
         self._weights = Weights(self._layout)
         self._outgoing = self._layout.empty()
-        self._compiled_for: tuple[int, int] | None = None  # seed and batch size
-        self._gradient: GradientFunction | None = None
+        self._compiled_for: tuple[object, ...] | None = None  # what decides it, of the welcome
+        self._local_steps = 1
+        self._gradient: AbstractGradientFunction | None = None
         self._loader: Loader | None = None
         self._link: Link | None = None
         self._phase = pb.PHASE_WAITING
@@ -173,35 +180,50 @@ class Worker:
             log.warning("%s", warning)
         log.info("joined run %s as %s", welcome.run_id, welcome.name)
         self._hello.name = welcome.name
-        seconds = self._compile(welcome.seed, welcome.batch_size)
+        seconds = self._compile(welcome)
         self._phase = pb.PHASE_WAITING
         link.send(pb.WorkerMessage(ready=pb.Ready(compile_s=seconds)))
 
-    def _compile(self, seed: int, batch_size: int) -> float:
+    def _compile(self, welcome: pb.Welcome) -> float:
         """Compile for every shape a batch can have; seconds it took."""
-        if self._compiled_for == (seed, batch_size):
+        seed, batch_size = welcome.seed, welcome.batch_size
+        self._local_steps = max(1, welcome.local_steps)
+        total = welcome.epochs * welcome.batches_per_epoch
+        needed = seed, batch_size, self._local_steps, welcome.inner_optimizer, total
+        if self._compiled_for == needed:
             return 0.0
         self._phase = pb.PHASE_COMPILING
         data = self._task.dataset
         if self._loader:
             self._loader.close()
         self._loader = Loader(data, seed)
-        self._gradient = GradientFunction(self._task, seed)
+        self._gradient = self._gradient_function(welcome)
         seconds = 0.0
         for size in batch_sizes(self._task, batch_size):
             batch = data.batch(np.arange(size), batch_rng(seed, 0, 0))
             seconds += self._gradient.compile(batch)
-        self._compiled_for = seed, batch_size
+        self._compiled_for = needed
         log.info("compiled in %.1f s", seconds)
         return seconds
 
+    def _gradient_function(self, welcome: pb.Welcome) -> AbstractGradientFunction:
+        if self._local_steps == 1:
+            return GradientFunction(self._task, welcome.seed)
+        return LocalSteps(
+            self._task,
+            welcome.seed,
+            optimizer=welcome.inner_optimizer or self._task.optimizer,
+            epochs=welcome.epochs,
+            batches_per_epoch=welcome.batches_per_epoch,
+        )
+
     def _outcome(self, outcome: pb.Outcome) -> None:
-        self._steps += 1
-        if outcome.code == pb.OUTCOME_APPLIED:
+        self._step()
+        if outcome.code in (pb.OUTCOME_APPLIED, pb.OUTCOME_HELD):
             self._gradients += 1
             return
         name = pb.OutcomeCode.Name(outcome.code).removeprefix("OUTCOME_").replace("_", " ").lower()
-        log.warning("%s: %s", name, outcome.message)
+        log.log(_LEVELS.get(outcome.code, logging.WARNING), "%s: %s", name, outcome.message)
 
     def _lease(self, lease: pb.Lease) -> None:
         assert self._loader is not None, "the server leases after welcome"
@@ -237,42 +259,53 @@ class Worker:
                 f"the server's ticket is for version {ticket.base}, the weights it sent are of "
                 f"version {self._weights.version}"
             )
-        (batch_id,) = ticket.batches
+        if not 1 <= len(ticket.batches) <= self._local_steps:
+            raise HeadwaterError(
+                f"the server's ticket has {len(ticket.batches)} batches, its welcome said "
+                f"local_steps={self._local_steps}; are server and worker of one version?"
+            )
         self._enter(pb.PHASE_LOADING)
-        batch = self._loader.take(_key(batch_id))
-        self._enter(pb.PHASE_COMPUTING)
         began = time.perf_counter()
-        gradient = self._gradient(self._weights.leaves, batch, batch_id.epoch, batch_id.number)
-        seconds = time.perf_counter() - began
+        steps = []
+        for batch in ticket.batches:
+            steps.append((self._loader.take(_key(batch)), batch.epoch, batch.number))
+            self._step()
+        loaded = time.perf_counter()
+        self._enter(pb.PHASE_COMPUTING)
+        gradient = self._gradient(self._weights.leaves, steps, self._step)
+        computed = time.perf_counter()
         self._enter(pb.PHASE_SENDING)
-        self._push(link, ticket, incarnation, gradient, seconds)
-        self._enter(pb.PHASE_WAITING)
-        self._say(gradient)
-
-    def _push(
-        self, link: Link, ticket: pb.Ticket, incarnation: int, gradient: Gradient, seconds: float
-    ) -> None:
-        self._layout.pack(gradient.leaves, self._outgoing)
-        whole = self._outgoing.data
         push = pb.Push(
             token=ticket.token,
             base=ticket.base,
             incarnation=incarnation,
             loss=gradient.loss,
             metrics=gradient.metrics,
-            compute_s=seconds,
+            compute_s=computed - loaded,
+            load_s=loaded - began,
         )
+        self._push(link, push, gradient)
+        self._enter(pb.PHASE_WAITING)
+        self._say(gradient)
+
+    def _push(self, link: Link, push: pb.Push, gradient: Gradient) -> None:
+        self._layout.pack(gradient.leaves, self._outgoing)
+        whole = self._outgoing.data
         for start, end in parts(self._layout.total_bytes):
             if start == 0:
                 message = pb.WorkerMessage(push=push)
             else:
-                part = pb.PushPart(token=ticket.token, offset=start)
+                part = pb.PushPart(token=push.token, offset=start)
                 message = pb.WorkerMessage(push_part=part)
             link.send(message, whole[start:end])
-            self._steps += 1
+            self._step()
 
     def _enter(self, phase: pb.Phase) -> None:
         self._phase = phase
+        self._step()
+
+    def _step(self) -> None:
+        """Work was done, which keeps a ticket from being taken back."""
         self._steps += 1
 
     def _say(self, gradient: Gradient) -> None:

@@ -10,6 +10,8 @@ import typer
 
 from headwater.protos import command
 from headwater.protos.rpc import DEFAULT_ADDRESS
+from headwater.worker import compute
+from headwater.worker.link import Patience, consistency_of
 from headwater.worker.options import Platform, TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
 
@@ -36,6 +38,10 @@ def worker(
     ] = 60.0,
 ) -> None:
     """Compute gradients for a server. Ctrl-C or SIGTERM finishes the one in hand and leaves."""
+    patience = Patience(server, connect_timeout)
+    # Before JAX starts its threads.
+    if "NPROC" not in os.environ and consistency_of(server, patience).startswith("sync"):
+        compute.fix(os.environ)
     use_platform(platform)
     from headwater.worker.load import load_task
     from headwater.worker.loop import Worker
@@ -43,7 +49,7 @@ def worker(
 
     loaded = load_task(task, task_option or ())
     with guard_user_code(f"the task {loaded.name} raised"):
-        life = Worker(loaded, server, name=name, connect_timeout_s=connect_timeout)
+        life = Worker(loaded, server, patience, name=name)
         with _leaving_on_signals(life) as received:
             life.run()
     if signal.SIGINT in received:

@@ -224,7 +224,7 @@ PROMISED = {
     "metrics": dict,
     "updates_per_second": float,
     "examples_per_second": float,
-    "staleness": {"mean": float, "p50": int, "p99": int, "max": int},
+    "staleness": {"mean": float, "p50": int, "p99": int, "max": int, "histogram": dict},
     "rejected": {
         "stale": int,
         "lease_lost": int,
@@ -887,9 +887,9 @@ WRONG_FLAGS = {
         "--insecure if you trust everyone on that network, or listen on 127.0.0.1:0"
     ),
     "--listen nonsense": "--listen takes HOST:PORT such as 127.0.0.1:50051, not 'nonsense'",
-    "--consistency bounded:4": (
-        "--consistency bounded:4 is not available yet; this version trains with --consistency "
-        "async only"
+    "--consistency bounded": (
+        "--consistency 'bounded': it is async; bounded:K, with a staleness of at most K, from 0 "
+        "on; or sync:N, with N batches in an update, from 1 on"
     ),
     "--epochs 0": "--epochs 0 must be at least 1",
     "--batch-size 0": "--batch-size 0 must be at least 1",

@@ -15,6 +15,7 @@ from headwater.protos import files
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused, RunFailed
 from headwater.server import saver, serve
+from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask
 from headwater.worker.loop import Worker
 from kit import counting
@@ -53,7 +54,7 @@ def trained(server: Server) -> Iterator[None]:
 
     def live() -> None:
         with contextlib.suppress(RunFailed):
-            Worker(LOADED, server.address).run()
+            Worker(LOADED, server.address, Patience(server.address, 60)).run()
 
     thread = threading.Thread(target=live)
     thread.start()

@@ -18,8 +18,8 @@ from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.protos.layout import LayoutError
 from headwater.server.check import Report, check_task, lines
 from headwater.server.optimizer import OptimizerError
-from headwater.server.optimizer_spec import SpecError
 from headwater.worker.load import LoadedTask
+from headwater.worker.optimizer_spec import SpecError
 from headwater.worker.task import TaskError
 
 X = np.arange(20, dtype=np.float32).reshape(10, 2)

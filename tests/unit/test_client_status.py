@@ -49,7 +49,7 @@ def test_every_field_is_there_by_its_name_and_the_stamps_stand_beside_the_others
     fields = {field.name for field in pb.StatusReply.DESCRIPTOR.fields} - {"stamp"}
     assert status.keys() == fields | {"incarnation", "version", "durable_version"}
     assert status.keys() >= PROMISED
-    assert status["staleness"] == {"mean": 0.5, "p50": 1, "p99": 2, "max": 3}
+    assert status["staleness"] == {"mean": 0.5, "p50": 1, "p99": 2, "max": 3, "histogram": {}}
     assert status["rejected"] == {
         "stale": 1, "lease_lost": 0, "duplicate": 0, "nonfinite": 2, "malformed": 0
     }  # fmt: skip
@@ -63,7 +63,9 @@ def test_each_worker_is_a_dict_in_the_order_they_came() -> None:
     assert workers[1] == {
         "id": 2, "name": "b", "host": "", "platform": "gpu", "devices": 8, "state": "waiting",
         "gradients": 0, "examples_per_second": 0.0, "staleness_mean": 0.0, "pid": 0,
-        "compute_s": 0.0, "connected_s": 0.0,
+        "compute_s": 0.0, "connected_s": 0.0, "leased": 0,
+        "staleness": {"mean": 0.0, "p50": 0, "p99": 0, "max": 0, "histogram": {}},
+        "times": {"wait_s": 0.0, "load_s": 0.0, "compute_s": 0.0, "wire_s": 0.0},
     }  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def test_an_empty_reply_has_every_field_all_the_same() -> None:
 
     assert status.keys() == as_dict(full()).keys()
     assert (status["version"], status["run_id"], status["workers"]) == (0, "", [])
-    assert status["staleness"] == {"mean": 0.0, "p50": 0, "p99": 0, "max": 0}
+    assert status["staleness"] == {"mean": 0.0, "p50": 0, "p99": 0, "max": 0, "histogram": {}}
 
 
 def test_metrics_are_a_dict_sorted_by_name() -> None:

@@ -38,8 +38,11 @@ def test_listening_to_other_machines_is_refused_unless_it_is_asked_for_by_name(l
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"consistency": "sync:4"}, "--consistency sync:4 is not available yet.* async only$"),
-        ({"consistency": "bounded:2"}, "--consistency bounded:2 is not available yet"),
+        ({"consistency": "sync:0"}, "^--consistency 'sync:0': it is async; bounded:K, .* sync:N"),
+        ({"consistency": "bounded"}, "^--consistency 'bounded': it is async; bounded:K, "),
+        ({"staleness": "drop"}, "^--staleness 'drop': it is none; scale; compensate .* drop:K"),
+        ({"local_steps": 0}, "^--local-steps 0 must be at least 1$"),
+        ({"lease_s": 0.0}, "^--lease-seconds 0.0 must be more than 0 seconds$"),
         ({"epochs": 0}, "^--epochs 0 must be at least 1$"),
         ({"batch_size": 0}, "^--batch-size 0 must be at least 1$"),
         ({"batch_size": -3}, "^--batch-size -3 must be at least 1$"),

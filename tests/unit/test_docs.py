@@ -12,8 +12,8 @@ from headwater import __version__
 from headwater.client import commands
 from headwater.protos.errors import Reason
 from headwater.server.check import check_task
-from headwater.server.optimizer_spec import parse
 from headwater.worker.load import load_task
+from headwater.worker.optimizer_spec import parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,8 +13,6 @@ import optax
 import pytest
 
 from headwater import ArrayData, Task
-from headwater.server.optimizer import resolve
-from headwater.server.store import Store, initial
 from headwater.worker.gradient import GradientFunction
 from headwater.worker.task import TaskError
 
@@ -53,7 +51,7 @@ def test_loss_and_gradient_are_those_of_value_and_grad_with_the_batchs_key() -> 
     params = mine.tree.restore(weights(mine))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 3), 14)
 
-    got = GradientFunction(mine, SEED)(weights(mine), BATCH, epoch=3, number=14)
+    got = GradientFunction(mine, SEED)(weights(mine), [(BATCH, 3, 14)])
     (value, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, BATCH, key)
 
     assert got.loss == float(value)
@@ -77,7 +75,7 @@ def test_leaves_have_the_shapes_and_dtypes_of_the_layout() -> None:
 
     mine = task(loss, init)
 
-    got = GradientFunction(mine, SEED)(weights(mine), BATCH, 0, 0)
+    got = GradientFunction(mine, SEED)(weights(mine), [(BATCH, 0, 0)])
 
     assert [(x.shape, x.dtype) for x in got.leaves] == [
         (t.shape, t.dtype) for t in mine.tree.layout.tensors
@@ -87,10 +85,10 @@ def test_leaves_have_the_shapes_and_dtypes_of_the_layout() -> None:
 
 def test_the_same_batch_gives_the_same_bits_on_another_worker() -> None:
     one, other = GradientFunction(task(), SEED), GradientFunction(task(), SEED)
-    one(weights(task()), BATCH, 0, 0)  # a past of its own
+    one(weights(task()), [(BATCH, 0, 0)])  # a past of its own
 
-    a = one(weights(task()), BATCH, 2, 5)
-    b = other(weights(task()), BATCH, 2, 5)
+    a = one(weights(task()), [(BATCH, 2, 5)])
+    b = other(weights(task()), [(BATCH, 2, 5)])
 
     assert (a.loss, a.metrics) == (b.loss, b.metrics)
     assert [x.tobytes() for x in a.leaves] == [x.tobytes() for x in b.leaves]
@@ -100,24 +98,24 @@ def test_another_seed_epoch_or_number_is_another_key() -> None:
     one, other = GradientFunction(task(), SEED), GradientFunction(task(), SEED + 1)
     places = [(2, 5), (5, 2), (2, 6), (3, 5)]
 
-    losses = [one(weights(task()), BATCH, *place).loss for place in places]
-    losses += [other(weights(task()), BATCH, *place).loss for place in places]
+    losses = [one(weights(task()), [(BATCH, *place)]).loss for place in places]
+    losses += [other(weights(task()), [(BATCH, *place)]).loss for place in places]
 
     assert len(set(losses)) == 8
 
 
 def test_the_largest_epoch_and_number_have_a_key() -> None:
     last = 2**32 - 1
-    assert np.isfinite(GradientFunction(task(), last)(weights(task()), BATCH, last, last).loss)
+    assert np.isfinite(GradientFunction(task(), last)(weights(task()), [(BATCH, last, last)]).loss)
 
 
 def test_what_a_gradient_was_does_not_change_with_the_next() -> None:
     function = GradientFunction(task(), SEED)
-    first = function(weights(task()), BATCH, 0, 0)
+    first = function(weights(task()), [(BATCH, 0, 0)])
     before = [x.copy() for x in first.leaves]
 
     for number in range(1, 6):
-        function(weights(task()), BATCH, 0, number)
+        function(weights(task()), [(BATCH, 0, number)])
 
     for leaf, was in zip(first.leaves, before, strict=True):
         np.testing.assert_array_equal(leaf, was)
@@ -129,7 +127,7 @@ def test_the_weights_may_be_written_again_when_the_gradient_is_there() -> None:
     (w,) = mine.tree.layout.views(buffer).values()
     w[:] = 3.0
 
-    got = GradientFunction(mine, SEED)([w], BATCH, 0, 0)
+    got = GradientFunction(mine, SEED)([w], [(BATCH, 0, 0)])
     w[:] = np.nan
 
     assert (got.leaves[0] == 6.0).all()
@@ -145,8 +143,8 @@ def test_a_short_batch_is_its_own_mean() -> None:
     )
     short = {"x": X[:3]}
 
-    function(weights(task()), {"x": X}, 0, 0)
-    got = function(weights(task()), short, 0, 1)
+    function(weights(task()), [({"x": X}, 0, 0)])
+    got = function(weights(task()), [(short, 0, 1)])
 
     np.testing.assert_allclose(got.leaves[1], X[:3].mean(axis=0), rtol=1e-6)
 
@@ -171,7 +169,7 @@ def test_each_shape_of_batch_is_compiled_once() -> None:
     assert function.compile(jax.tree.map(np.zeros_like, BATCH)) == 0.0
     assert function.compile(short) > 0.0
     for number, batch in enumerate([BATCH, short, BATCH, short]):
-        function(weights(task()), batch, 0, number)
+        function(weights(task()), [(batch, 0, number)])
 
     assert traced == [(8, 3), (3, 3)]
 
@@ -179,7 +177,7 @@ def test_each_shape_of_batch_is_compiled_once() -> None:
 def test_a_batch_that_was_not_compiled_for_is_compiled_for_when_it_comes() -> None:
     function = GradientFunction(task(), SEED)
 
-    function(weights(task()), BATCH, 0, 0)
+    function(weights(task()), [(BATCH, 0, 0)])
 
     assert function.compile(BATCH) == 0.0
 
@@ -192,19 +190,19 @@ def test_batches_of_another_dtype_or_structure_are_compiled_for_too() -> None:
     ones = np.ones((2, 2), np.float32)
 
     for batch, want in [(ones, 1), ([ones, ones], 2), (ones.astype(np.uint8), 1), ((ones,), 1)]:
-        assert function(weights(task()), batch, 0, 0).loss == want
+        assert function(weights(task()), [(batch, 0, 0)]).loss == want
 
 
 def test_a_loss_without_metrics_has_none() -> None:
     mine = task(lambda params, batch, key: norm(params))
-    assert GradientFunction(mine, SEED)(weights(mine), BATCH, 0, 0).metrics == {}
+    assert GradientFunction(mine, SEED)(weights(mine), [(BATCH, 0, 0)]).metrics == {}
 
 
 def test_metrics_are_plain_numbers_whatever_the_loss_returned() -> None:
     def loss(params: Any, batch: Any, key: jax.Array) -> Any:
         return norm(params), {"half": jnp.bfloat16(0.5), "count": jnp.int32(3), "one": 1.0}
 
-    metrics = GradientFunction(task(loss), SEED)(weights(task()), BATCH, 0, 0).metrics
+    metrics = GradientFunction(task(loss), SEED)(weights(task()), [(BATCH, 0, 0)]).metrics
 
     assert metrics == {"half": 0.5, "count": 3.0, "one": 1.0}
     assert {type(value) for value in metrics.values()} == {float}
@@ -215,7 +213,7 @@ def test_a_loss_in_half_precision_is_taken(value: Callable[[Any], Any]) -> None:
     mine = task(
         lambda params, batch, key: value(params["w"]), lambda key: {"w": jnp.ones(3, jnp.bfloat16)}
     )
-    assert GradientFunction(mine, SEED)(weights(mine), BATCH, 0, 0).loss == 3.0
+    assert GradientFunction(mine, SEED)(weights(mine), [(BATCH, 0, 0)]).loss == 3.0
 
 
 ONE_NUMBER = (
@@ -285,7 +283,7 @@ def test_a_metric_that_is_no_real_number_is_refused(metric: Callable[[], Any]) -
     function = GradientFunction(task(lambda params, batch, key: (1.0, {"odd": metric()})), SEED)
 
     with pytest.raises(TaskError, match="metric 'odd' is "):
-        function(weights(task()), BATCH, 0, 0)
+        function(weights(task()), [(BATCH, 0, 0)])
 
 
 def test_what_the_users_loss_raises_goes_through() -> None:
@@ -304,20 +302,18 @@ def test_gradient_descent_on_complex_parameters_converges() -> None:
         return (jnp.abs(params["w"] - target) ** 2).sum()
 
     mine = task(distance, lambda key: {"w": jnp.ones(3, jnp.complex64)})
-    params = mine.init(jax.random.key(0))
-    optimizer = resolve(optax.sgd(0.1), 50)
-    store = Store(mine.tree, optimizer, initial(mine.tree, params, optimizer))
+    optimizer = optax.sgd(0.1)
+    (w,) = weights(mine)
+    state = optimizer.init(w)
     function = GradientFunction(mine, SEED)
-    buffer = store.layout.empty()
 
     losses = []
     for number in range(50):
-        leaves = [np.asarray(leaf) for leaf in store.current.leaves]
-        gradient = function(leaves, BATCH, 0, number)
+        gradient = function([w], [(BATCH, 0, number)])
         losses.append(gradient.loss)
-        store.layout.pack(gradient.leaves, buffer)
-        store.apply(buffer, gradient.loss, number)
+        updates, state = optimizer.update(gradient.leaves[0], state)
+        w = np.asarray(optax.apply_updates(w, updates))
 
     # Each step takes a fifth of what is left, so the loss falls by 0.64 a step.
     assert losses[1] == pytest.approx(0.64 * losses[0], rel=1e-4)
-    np.testing.assert_allclose(store.current.leaves[0], target, atol=1e-3)
+    np.testing.assert_allclose(w, target, atol=1e-3)

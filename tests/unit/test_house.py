@@ -25,7 +25,18 @@ FOLDERS = ("client", "examples", "protos", "server", "worker")
 _API = tuple(f"headwater.{name}" for name in headwater.__all__)
 _TASK_API = tuple(
     f"headwater.worker.{room}"
-    for room in ("task", "data", "tree", "load", "options", "platform", "user_code")
+    for room in (
+        "task",
+        "data",
+        "tree",
+        "load",
+        "options",
+        "platform",
+        "user_code",
+        "optimizer_spec",
+        "compute",
+        "delayed_nesterov",
+    )
 )
 
 ARROWS = {

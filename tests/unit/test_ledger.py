@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -14,7 +14,7 @@ ALICE, BOB = 1, 2
 STATES = ("pending", "leased", "ticketed", "admitted", "applied")
 MOVES: dict[str, Callable[[Ledger], None]] = {
     "admit": lambda ledger: ledger.admit(0),
-    "settle": lambda ledger: ledger.settle(0, Ranges.of([0])),
+    "settle": lambda ledger: ledger.settle([0], Ranges.of([0])),
     "give_back": lambda ledger: ledger.give_back(0),
 }
 DIAGRAM = {
@@ -32,7 +32,7 @@ def ledger_with_batch_0(state: str) -> Ledger:
         lambda: ledger.lease(ALICE, 1),
         lambda: ledger.take(ALICE),
         lambda: ledger.admit(0),
-        lambda: ledger.settle(0, Ranges.of([0])),
+        lambda: ledger.settle([0], Ranges.of([0])),
     ]
     for step in steps[: STATES.index(state)]:
         step()
@@ -99,18 +99,35 @@ def test_releasing_returns_what_is_leased_and_not_what_has_a_ticket() -> None:
 def test_an_update_that_does_not_follow_on_its_batch_is_an_error(applied: Ranges) -> None:
     ledger = ledger_with_batch_0("admitted")
 
-    with pytest.raises(LedgerError, match=r"applied batches does not follow on 0$"):
-        ledger.settle(0, applied)
+    with pytest.raises(LedgerError, match=r"applied batches does not follow on \[0\]$"):
+        ledger.settle([0], applied)
 
     assert ledger.state(0) is BatchState.ADMITTED
     assert ledger.applied == Ranges()
+
+
+def test_a_groups_update_is_recorded_whole_or_not_at_all() -> None:
+    ledger = Ledger(total=3, per_epoch=3)
+    ledger.lease(ALICE, 2)
+    for position in (0, 1):
+        ledger.take(ALICE)
+        ledger.admit(position)
+
+    with pytest.raises(LedgerError, match=r"applied batches does not follow on \[0, 1\]$"):
+        ledger.settle([0, 1], Ranges.of([0]))
+    with pytest.raises(LedgerError, match=r"^batch 2 is pending or applied, not admitted$"):
+        ledger.settle([0, 1, 2], Ranges.of([0, 1, 2]))
+    assert ledger.count(BatchState.ADMITTED) == 2
+
+    ledger.settle([0, 1], Ranges.of([0, 1]))
+    assert (ledger.count(BatchState.ADMITTED), ledger.pending_count) == (0, 1)
 
 
 def test_the_ledger_goes_forward_by_the_versions_own_object() -> None:
     ledger = ledger_with_batch_0("admitted")
     published = Ranges.of([0])
 
-    ledger.settle(0, published)
+    ledger.settle([0], published)
 
     assert ledger.applied is published
 
@@ -155,10 +172,10 @@ def test_an_epoch_barrier_is_one_open_epoch() -> None:
     for position in (0, 1):
         ledger.take(ALICE)
         ledger.admit(position)
-    ledger.settle(1, Ranges.of([1]))
+    ledger.settle([1], Ranges.of([1]))
     assert ledger.lease(ALICE, 4) == []
 
-    ledger.settle(0, Ranges.of([0, 1]))
+    ledger.settle([0], Ranges.of([0, 1]))
 
     assert ledger.lease(ALICE, 4) == [2, 3]
 
@@ -184,3 +201,43 @@ def test_nothing_is_withdrawn_where_nobody_has_a_reserve() -> None:
     ledger = ledger_with_batch_0("ticketed")
 
     assert ledger.withdraw(BOB) is None
+
+
+def test_to_lease_no_batches_leaves_all_of_them_pending() -> None:
+    ledger = Ledger(total=3, per_epoch=3)
+
+    assert ledger.lease(ALICE, 0) == []
+
+    assert ledger.lease(BOB, 3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("applied", "count", "lowest"),
+    [([], 3, [0, 1, 2]), ([0, 2], 3, [1, 3]), ([0, 1, 2, 3, 5], 9, [4, 6, 7]), (range(10), 2, [])],
+    ids=["new", "with a hole", "second epoch", "done"],
+)
+def test_the_lowest_unapplied_batches_are_all_of_one_epoch(
+    applied: Iterable[int], count: int, lowest: list[int]
+) -> None:
+    ledger = Ledger(total=10, per_epoch=4, applied=Ranges.of(applied))
+
+    assert ledger.lowest_unapplied(count) == lowest
+
+
+def test_a_run_may_end_within_an_epoch() -> None:
+    ledger = Ledger(total=10, per_epoch=4, applied=Ranges.of(range(8)))
+
+    assert ledger.lowest_unapplied(3) == [8, 9]
+
+
+def test_a_certain_leased_batch_can_be_moved_and_taken() -> None:
+    ledger = Ledger(total=5, per_epoch=5)
+    ledger.lease(ALICE, 3)
+
+    assert ledger.move(1, BOB) == ALICE
+    assert ledger.take(BOB, 1) == 1
+    assert ledger.take(ALICE, 2) == 2
+
+    assert [ledger.leased_to(worker) for worker in (ALICE, BOB)] == [[0], []]
+    with pytest.raises(LedgerError, match=r"^batch 4 is pending or applied, not leased$"):
+        ledger.move(4, BOB)

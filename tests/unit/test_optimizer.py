@@ -18,7 +18,7 @@ from headwater.server.optimizer import (
     check,
     resolve,
 )
-from headwater.server.optimizer_spec import SpecError
+from headwater.worker.optimizer_spec import SpecError
 from headwater.worker.user_code import UserCodeError
 
 PARAMS = {"b": jnp.zeros(2), "w": jnp.ones((2, 3))}
@@ -156,21 +156,21 @@ class Narrows(AbstractOptimizer):
     def init(self, params: Any) -> Any:
         return ()
 
-    def apply(self, grads: Any, state: Any, params: Any, loss: jax.Array) -> tuple[Any, Any]:
+    def apply(self, grads: Any, state: Any, params: Any, *rest: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda x: x.astype(jnp.float16), params), state
 
 
 class Drops(Narrows):
     text = "drops"
 
-    def apply(self, grads: Any, state: Any, params: Any, loss: jax.Array) -> tuple[Any, Any]:
+    def apply(self, grads: Any, state: Any, params: Any, *rest: Any) -> tuple[Any, Any]:
         return {"w": params["w"]}, state
 
 
 class Flattens(Narrows):
     text = "flattens"
 
-    def apply(self, grads: Any, state: Any, params: Any, loss: jax.Array) -> tuple[Any, Any]:
+    def apply(self, grads: Any, state: Any, params: Any, *rest: Any) -> tuple[Any, Any]:
         return jax.tree.map(jnp.ravel, params), state
 
 

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from headwater.server.optimizer_spec import SpecError, parse
+from headwater.worker.delayed_nesterov import delayed_nesterov
+from headwater.worker.optimizer_spec import OptimizerError, SpecError, parse, transformation
 
 PARAMS = {"b": jnp.array([0.3, -0.2]), "w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)}
 
@@ -81,6 +82,9 @@ GOOD: list[tuple[str, Callable[[], optax.GradientTransformation]]] = [
     ),
     ("apply_if_finite(adam(0.1), 5)", lambda: optax.apply_if_finite(optax.adam(0.1), 5)),
     ("contrib.prodigy(0.1)", lambda: optax.contrib.prodigy(0.1)),
+    ("adam(0.1, live(0.8), b2=live(9 / 10))", lambda: optax.adam(0.1, 0.8, b2=0.9)),
+    ("sgd(learning_rate=live(-0.1))", lambda: optax.sgd(-0.1)),
+    ("delayed_nesterov(0.1, delay=2)", lambda: delayed_nesterov(0.1, delay=2)),
     ("scale_by_learning_rate(0.1)", lambda: optax.scale_by_learning_rate(0.1)),
     ("(((sgd(((0.1))))))", lambda: optax.sgd(0.1)),
 ]
@@ -134,6 +138,7 @@ def test_arithmetic_is_pythons(arithmetic: str, value: float) -> None:
     np.testing.assert_array_equal(moved, three_updates(optax.scale(value))["b"])
 
 
+MISPLACED = "live marks a number argument of an optimizer's call, as in adam(1e-3, b1=live(0.9))"
 ELSEWHERE = "only names of optax, numbers, strings, lists, dicts and + - * / // can stand here"
 NOT_CLOSED = "'(' was never closed; write it as adam(1e-3)"
 NOTHING = "invalid syntax; write it as adam(1e-3)"
@@ -249,6 +254,30 @@ BAD = [
     ("sgd(cosine_decay_schedule(0.1, 0))",
      "    ^",
      "optax says: The cosine_decay_schedule requires positive decay_steps, got decay_steps=0."),
+    ("delayed_nestrov(0.1)",
+     "^", "'delayed_nestrov' is not a function of optax; did you mean delayed_nesterov?"),
+    ("delayed_nesterov(0.1, delay=0)",
+     "^", "optax says: "),
+    ("live(adam(1e-3))",
+     "^", MISPLACED),
+    ("adam(2 * live(1e-3))",
+     "         ^", MISPLACED),
+    ("adam((live(1e-3), 1))",
+     "      ^", MISPLACED),
+    ("sgd(cosine_decay_schedule(live(0.1), 10))",
+     "                          ^", MISPLACED),
+    ("inject_hyperparams(sgd)(learning_rate=live(0.1))",
+     "                                      ^", MISPLACED),
+    ("adam(live())",
+     "     ^", "live takes one number, such as live(0.9)"),
+    ("adam(live(1, 2))",
+     "     ^", "live takes one number, such as live(0.9)"),
+    ("adam(live(True))",
+     "     ^", "live takes one number, such as live(0.9)"),
+    ("adam(live(constant_schedule(1)))",
+     "     ^", "live takes one number, such as live(0.9)"),
+    ("adam(live)",
+     "     ^", "'live' is not a function of optax"),
     ("adam",
      "^", "this gives a function, adam, not an optimizer; write one such as adam(1e-3)"),
     ("cosine_decay_schedule(0.1, 10)",
@@ -383,6 +412,7 @@ HARMFUL = [
 words = st.sampled_from(
     [
         *("adam", "sgd", "chain", "optax", "contrib", "total_updates", "schedules", "clip"),
+        "live",
         *("__import__", "__class__", "lambda", "for", "in", "if", "else", "not", "await", "yield"),
         *("(", ")", "[", "]", "{", "}", ",", ":", ":=", "=", ".", "*", "**", "@", "-", "+", "/"),
         *("//", "%", "~", "<", "'a'", "'", '"', "b'a'", "f'{x}'", "0", "1e-3", "0.1", "1j", "..."),
@@ -429,3 +459,20 @@ def test_what_would_do_harm_is_never_run(
 def test_infinite_and_missing_numbers_are_optaxs_to_judge() -> None:
     """A SPEC is read as Python reads it; what the numbers do is the user's choice."""
     assert math.isinf(float(three_updates(parse("scale(1e999)", 1))["b"][0]))
+
+
+def test_what_a_worker_trains_with_is_plain_optax() -> None:
+    made = optax.sgd(0.1)
+
+    assert transformation(made, 10) == (made, "the task's own optimizer")
+    assert transformation(lambda updates: made, 10) == (made, "the task's own optimizer")
+    got, text = transformation("sgd(0.1 / total_updates)", 10)
+    assert text == "sgd(0.1 / total_updates)"
+    np.testing.assert_array_equal(three_updates(got)["w"], three_updates(optax.sgd(0.01))["w"])
+
+
+def test_what_is_no_optimizer_is_refused_where_it_was_given() -> None:
+    with pytest.raises(OptimizerError, match=r"^Task\.inner is 3; it must be an optax"):
+        transformation(3, 10, what="Task.inner")
+    with pytest.raises(OptimizerError, match=r"^Task\.inner\(10\) returned int, not an optax"):
+        transformation(lambda updates: 3, 10, what="Task.inner")

@@ -34,9 +34,10 @@ def make_updates(run: Prepared, count: int) -> None:
         gradient.view(np.float32)[:64] = -1.0
         run.log.append(
             Kind.UPDATE, version=now.version + 1, gradient=gradient.data,
-            position=len(now.applied), base=now.version, loss=1.0, weights_crc=weights_crc(now),
+            detail=[[len(now.applied), now.version, "1.1", 0]], loss=1.0,
+            weights_crc=weights_crc(now),
         )  # fmt: skip
-        run.store.move(gradient, 1.0, len(now.applied))
+        run.store.apply(gradient, 1.0, len(now.applied))
     run.log.sync()
 
 

@@ -240,7 +240,7 @@ def test_status_shows_the_worst_that_is_known_of_a_worker(
     alice.set_phase(pb.PHASE_COMPUTING)
     alice.hung = hung
 
-    status = alice.status(now=3.0, quarantined=quarantined)
+    status = alice.status(now=3.0, quarantined=quarantined, leased=0)
 
     assert (status.id, status.name, status.state, status.connected_s) == (1, "alice", state, 3.0)
 
@@ -260,6 +260,6 @@ def test_a_workers_host_and_platform_are_printable_too() -> None:
         pb.Hello(instance=1, attempt=1, host="h\x1bost\n", platform="c\tpu"), 0.0
     )
 
-    status = alice.status(now=0.0, quarantined=False)
+    status = alice.status(now=0.0, quarantined=False, leased=0)
 
     assert (status.host, status.platform) == ("host", "cpu")

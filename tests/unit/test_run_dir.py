@@ -63,6 +63,8 @@ def record(**changes: Any) -> RunRecord:
         "remainder": "keep",
         "order_version": 1,
         "epochs": 10,
+        "local_steps": 1,
+        "updates": 1250,
         "optimizer": "adam(1e-3)",
         "asked": {"epochs": 10, "optimizer": None},
     }

@@ -85,6 +85,7 @@ def save(snapshots: Snapshots, case: Case, published: Published | None = None) -
         version=published.version,
         applied=[list(pair) for pair in published.applied.pairs],
         left_out=[list(pair) for pair in published.left_out.pairs],
+        settings=published.settings.to_json(),
         optimizer=case.optimizer.text,
         optimizer_prefix=prefix,
         software={"jax": jax.__version__},

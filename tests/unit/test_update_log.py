@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -39,13 +40,17 @@ def gradient(version: int) -> memoryview:
     return memoryview(random.Random(version).randbytes(40))  # noqa: S311  (any bytes)
 
 
+DETAIL = [[101, 0, "1.1", 0]]
+WHOLE_BYTES = RECORD_BYTES + len(json.dumps(DETAIL)) + 40
+"""Of a record that `append` makes: its head, its detail and its gradient."""
+
+
 def append(log: UpdateLog, version: int) -> None:
     log.append(
         Kind.UPDATE,
         version=version,
         gradient=gradient(version),
-        position=version + 100,
-        base=version - 1,
+        detail=[[version + 100, version - 1, "1.1", 0]],
         loss=version / 8,
         weights_crc=version * 7,
     )
@@ -76,16 +81,16 @@ def test_every_field_of_every_record_comes_back(tmp_path: Path) -> None:
     with crashing(begin(tmp_path)) as log:
         append(log, 1)
         log.sync()
-        log.append(Kind.LEFT_OUT, version=1, gradient=memoryview(b""), position=9)
+        log.append(Kind.LEFT_OUT, version=1, gradient=memoryview(b""), detail=9)
 
     update, left_out = recovered(tmp_path)
 
     assert update == Record(
-        kind=Kind.UPDATE, sequence=1, synced=0, version=1, position=101, base=0, loss=0.125,
-        weights_crc=7, gradient=gradient(1),
+        kind=Kind.UPDATE, sequence=1, synced=0, version=1, loss=0.125, weights_crc=7,
+        detail=[[101, 0, "1.1", 0]], gradient=gradient(1),
     )  # fmt: skip
     assert (left_out.kind, left_out.sequence, left_out.synced) == (Kind.LEFT_OUT, 2, 1)
-    assert (left_out.version, left_out.position) == (1, 9)
+    assert (left_out.version, left_out.detail) == (1, 9)
 
 
 def test_a_log_closed_in_order_goes_on_in_the_next_life(tmp_path: Path) -> None:
@@ -126,10 +131,10 @@ def test_the_size_is_what_a_recovery_would_read(tmp_path: Path) -> None:
     with crashing(begin(tmp_path)) as log:
         empty = log.size_bytes
         append(log, 1)
-        assert log.size_bytes == empty + RECORD_BYTES + 40
+        assert log.size_bytes == empty + WHOLE_BYTES
         log.snapshot_written(needed_from=1)
         append(log, 2)
-        assert log.size_bytes == pytest.approx(empty + RECORD_BYTES + 40, abs=4)
+        assert log.size_bytes == pytest.approx(empty + WHOLE_BYTES, abs=4)
 
 
 # ------------------------------------------------------------- what does not fit
@@ -167,7 +172,7 @@ def test_a_log_torn_at_any_byte_of_its_last_record_is_cut_there(
 ) -> None:
     path = written(tmp_path, range(1, 4), sync_each=False)
     whole = path.read_bytes()
-    end = len(whole) - RECORD_BYTES - 40
+    end = len(whole) - WHOLE_BYTES
     for size in range(end + 1, len(whole)):
         path.write_bytes(whole[:size])
         caplog.clear()
@@ -275,7 +280,7 @@ def test_what_a_killed_process_had_not_fsynced_is_on_disk_once_it_was_recovered(
 def test_what_was_fsynced_is_not_written_again(faults: Callable[..., None], tmp_path: Path) -> None:
     """A log may be long; only what its last records do not call synced is in doubt."""
     written(tmp_path, range(1, 50))
-    faults({"operation": "write", "room": 2 * (RECORD_BYTES + 40) - 1, "error": "ENOSPC"})
+    faults({"operation": "write", "room": 2 * WHOLE_BYTES - 1, "error": "ENOSPC"})
 
     assert len(versions(tmp_path)) == 49
 

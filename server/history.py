@@ -1,0 +1,176 @@
+"""The history: which gradients made which version, so that the run can be computed again.
+
+history.jsonl, a JSON object a line. Each has `v`, the version after it:
+
+    {"v": 0, "run": {...}}                     what the run is; the hash of its first weights
+    {"v": 7, "incarnation": 2, "compute": {}}  a server began to serve
+    {"v": 7, "worker": "2.1", "compute": {}}   a worker that the lines after it name
+    {"v": 8, "u": [[3, 6, "2.1", 123]], "w": 456}   an update: of each of its gradients the
+                                               round, the base, the worker, and the CRC32C
+                                               as it was pushed; the CRC32C of the weights after
+    {"v": 8, "out": 4}                         a round that was left out
+    {"v": 8, "set": {...}}                     the settings from here on
+    {"v": 9, "gap": 3}                         what came since version 3 was not written
+
+What each batch consists of follows from the run's seed. Lines are written behind
+the updates, and are on disk before the snapshot of their version is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from headwater.protos import files
+from headwater.server.ranges import Ranges
+
+log = logging.getLogger("headwater.server")
+
+NAME = "history.jsonl"
+
+FLUSH_BYTES = 1 << 16
+"""Written to the file at once."""
+
+MAX_PENDING_BYTES = 64 << 20
+"""Kept while the disk is full; what is more is given up."""
+
+Line = Mapping[str, Any]
+
+
+class History:
+    """The file while a server writes to it. May be used from several threads.
+
+    Args:
+      folder: The run directory; this process holds its lock.
+      version: That the run is at; lines of later ones are cut off.
+      applied: What that version is made of.
+
+    Raises:
+      OSError: The disk is full or broken.
+    """
+
+    def __init__(self, folder: Path, version: int, applied: Ranges) -> None:
+        path = folder / NAME
+        self._size, self.version, self._last = _surviving(path, version, applied)
+        """`version` is that of the last line; -1 where there is none."""
+        self._file = files.DISK.reopen(path, 0) if path.exists() else files.DISK.create(path)
+        files.DISK.truncate(self._file, self._size)
+        self._pending = bytearray()
+        self._lost_since: int | None = None
+        self._lock = threading.Lock()
+        self.problem: str | None = None
+        """Why lines could not be written, until they were."""
+
+    def go_on(self, lines: Iterable[Line]) -> None:
+        """Add what a crash has cost the file of these; says what is missing before them."""
+        began = self.version
+        for line in lines:
+            if line["v"] > began or ("u" not in line and line not in self._last):
+                self.append(line)
+
+    def append(self, line: Line) -> None:
+        """Add a line; it is written soon."""
+        with self._lock:
+            if self._lost_since is None:
+                if len(self._pending) > MAX_PENDING_BYTES:
+                    self._lost_since = self.version
+                else:
+                    self._pending += _encoded(line)
+            self.version = line["v"]
+            if len(self._pending) >= FLUSH_BYTES:
+                self._flush()
+
+    def flush(self) -> None:
+        """Hand what was added to the system."""
+        with self._lock:
+            self._flush()
+
+    def sync(self) -> None:
+        """Have all that was added on disk; a disk that fails is a `problem`, and no more."""
+        with self._lock:
+            self._flush()
+            if self.problem is None:
+                try:
+                    files.DISK.sync(self._file)
+                except OSError as error:
+                    self._failed(error)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.sync()
+        with self._lock:
+            os.close(self._file)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        try:
+            files.write_all(self._file, bytes(self._pending))
+        except OSError as error:
+            self._failed(error)
+            return
+        self._size += len(self._pending)
+        self._pending.clear()
+        self.problem = None
+        if self._lost_since is not None:
+            # Room again: what comes from here on is kept, and what is missing is said.
+            self._pending += _encoded({"v": self.version, "gap": self._lost_since})
+            self._lost_since = None
+
+    def _failed(self, error: OSError) -> None:
+        if self.problem is None:
+            log.error("%s could not be written: %s", NAME, error.strerror or error)
+        self.problem = (
+            f"{NAME} could not be written: {error.strerror or error}; unless it can be soon, this "
+            "run cannot be replayed"
+        )
+        try:
+            files.DISK.truncate(self._file, self._size)
+        except OSError as again:
+            log.error("%s could not be cut: %s", NAME, again.strerror or again)
+
+
+def read(path: Path) -> Iterator[Line]:
+    """The whole lines of a history, in order.
+
+    Raises:
+      OSError: It cannot be read.
+      ValueError: A line is no JSON object with a version.
+    """
+    with path.open("rb") as file:
+        for data in file:
+            if not data.endswith(b"\n"):
+                return  # was being written
+            line = json.loads(data)
+            line["v"]
+            yield line
+
+
+def _encoded(line: Line) -> bytes:
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+
+def _surviving(path: Path, version: int, applied: Ranges) -> tuple[int, int, list[Line]]:
+    """Bytes of the file that the surviving history has, its last version, and that one's lines."""
+    size, last = 0, -1
+    lines: list[Line] = []
+    if not path.exists():
+        return size, last, lines
+    with path.open("rb") as file:
+        for data in file:
+            try:
+                line = json.loads(data)
+                survives = line["v"] <= version and ("out" not in line or line["out"] in applied)
+            except (ValueError, KeyError, TypeError):
+                break
+            if not survives or not data.endswith(b"\n"):
+                break
+            size += len(data)
+            lines = [*(lines if line["v"] == last else ()), line]
+            last = line["v"]
+    return size, last, lines

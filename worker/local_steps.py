@@ -1,0 +1,187 @@
+"""Local steps: an inner optimizer walks over a ticket's batches, its way is pushed.
+
+What is pushed, the pseudo-gradient, is `base - local`: the weights where the walk
+began less those where it ended. To the server it is a gradient like any other,
+and the server's optimizer is the outer one.
+
+Source: DiLoCo, Douillard et al. 2023 (arXiv 2311.08105), algorithm 1. Differs: the
+inner state, such as Adam's moments, starts afresh with each ticket, because workers
+keep none, so that killing one loses nothing. Schedules do not start afresh: they
+stand where the ticket's first batch stands in the run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from headwater.worker.data import Batch
+from headwater.worker.gradient import AbstractGradientFunction, Gradient, Step, parameter_shapes
+from headwater.worker.optimizer_spec import transformation
+from headwater.worker.task import Task, TaskError
+from headwater.worker.tree import PyTree
+
+# By name, since optax keeps some of the classes to itself. Not Adam's count: it
+# corrects the bias of moments that do start afresh.
+_SCHEDULES = {
+    "InjectHyperparamsState",
+    "InjectStatefulHyperparamsState",
+    "ScaleByScheduleState",
+    "WeightDecaySchedule",
+    "WrappedScheduleState",
+}
+
+
+class LocalSteps(AbstractGradientFunction):
+    """The pseudo-gradient of consecutive batches of one epoch.
+
+    Args:
+      task: See `AbstractGradientFunction`.
+      seed: The run's.
+      optimizer: The inner one; an expression or what `Task.optimizer` may be.
+      epochs: Of the run.
+      batches_per_epoch: Of the run.
+
+    Raises:
+      TaskError: The inner optimizer needs more than the loss, or would change a
+        shape, a dtype or the tree of the parameters or of its state.
+      SpecError: Its expression cannot be read.
+    """
+
+    def __init__(
+        self, task: Task, seed: int, *, optimizer: Any, epochs: int, batches_per_epoch: int
+    ) -> None:
+        super().__init__(task, seed)
+        self._per_epoch = batches_per_epoch
+        made, self._text = transformation(optimizer, epochs * batches_per_epoch)
+        self._inner = optax.with_extra_args_support(made)
+        self._shapes = self._check(parameter_shapes(task))
+        # Weights and inner state of one step are of no use after the next.
+        self._step = jax.jit(self._take_step, donate_argnums=(0, 1))
+        self._begin: Any = None
+        self._difference: Any = None
+
+    def __call__(
+        self,
+        weights: Sequence[np.ndarray],
+        steps: Sequence[Step],
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Gradient:
+        walks = [self._compiled_for(batch) for batch, _, _ in steps]
+        _, epoch, number = steps[0]
+        position = min(epoch * self._per_epoch + number, np.iinfo(np.int32).max)
+        # May be the caller's own memory, so it is never donated.
+        base = jax.device_put(self._task.tree.restore(weights))
+        params, state = self._begin(base, np.int32(position))
+        values: list[Any] = []
+        for walk, (batch, epoch, number) in zip(walks, steps, strict=True):
+            params, state, value = walk(params, state, batch, np.uint32(epoch), np.uint32(number))
+            if values:
+                # The step before: so the device has the next one while this one waits.
+                jax.block_until_ready(values[-1])
+                on_step()
+            values.append(value)
+        leaves = self._task.tree.leaves(self._difference(base, params))
+        gradient = [np.asarray(leaf) for leaf in leaves]
+        on_step()
+        loss, metrics = _means(values, [_example_count(batch) for batch, _, _ in steps])
+        return Gradient(loss, metrics, gradient)
+
+    def _compile(self, batch: Batch) -> Any:
+        params, _ = self._shapes
+        if self._begin is None:
+            self._begin = jax.jit(self._start).lower(params, np.zeros((), np.int32)).compile()
+            subtract = jax.jit(_subtract, donate_argnums=1)
+            self._difference = subtract.lower(params, params).compile()
+        number = np.zeros((), np.uint32)
+        return self._step.lower(*self._shapes, batch, number, number).compile()
+
+    def _start(self, base: PyTree, position: jax.Array) -> tuple[PyTree, PyTree]:
+        """The weights and the inner state before the first step.
+
+        Every array is a copy, also of what the state has of the weights: no two
+        arrays that are donated together may share memory.
+        """
+        state = _move_schedules(self._inner.init(base), position)
+        return jax.tree.map(jnp.copy, (base, state))
+
+    def _take_step(
+        self, params: PyTree, state: PyTree, batch: Batch, epoch: jax.Array, number: jax.Array
+    ) -> tuple[PyTree, PyTree, Any]:
+        value, grads = self._loss_and_gradient(params, batch, epoch, number)
+        params, state = self._update(grads, state, params, value[0].astype(jnp.float32))
+        return params, state, value
+
+    def _update(
+        self, grads: PyTree, state: PyTree, params: PyTree, loss: jax.Array
+    ) -> tuple[PyTree, PyTree]:
+        updates, state = self._inner.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    def _check(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """Try the inner optimizer on shapes; those of the parameters and of its state."""
+        loss = jax.ShapeDtypeStruct((), jnp.float32)
+        try:
+            before = jax.eval_shape(self._start, params, jax.ShapeDtypeStruct((), jnp.int32))
+            after = jax.eval_shape(self._update, params, before[1], params, loss)
+        except Exception as error:
+            raise TaskError(
+                f"the inner optimizer, {self._text}, cannot make a local step from a gradient and "
+                f"its loss alone: {type(error).__name__}: {error}"
+            ) from error
+        for what, old, new in zip(("parameters", "state"), before, after, strict=True):
+            if _described(old) != _described(new):
+                raise TaskError(
+                    f"the inner optimizer, {self._text}, changes the shapes, dtypes or structure "
+                    f"of its {what}, which must stay the same from step to step"
+                )
+        return before
+
+
+def _move_schedules(state: PyTree, position: jax.Array) -> PyTree:
+    """An optax state whose schedules stand at `position`, those inside others included."""
+
+    def is_schedule(node: Any) -> bool:
+        return type(node).__name__ in _SCHEDULES
+
+    def move(node: Any) -> Any:
+        if not is_schedule(node):
+            return node
+        inner = jax.tree.map(move, node, is_leaf=lambda x: x is not node and is_schedule(x))
+        return inner._replace(count=position)
+
+    return jax.tree.map(move, state, is_leaf=is_schedule)
+
+
+def _subtract(base: PyTree, local: PyTree) -> PyTree:
+    return jax.tree.map(jnp.subtract, base, local)
+
+
+def _means(
+    values: Sequence[tuple[Any, dict[str, Any]]], example_counts: Sequence[int]
+) -> tuple[float, dict[str, float]]:
+    """Loss and metrics over all examples, from their means over each batch."""
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    total = 0.0
+    for (loss, metrics), count in zip(values, example_counts, strict=True):
+        total += count * float(loss)
+        for name, metric in metrics.items():
+            sums[name] += count * float(metric)
+            counts[name] += count
+    return total / sum(example_counts), {name: sums[name] / counts[name] for name in sums}
+
+
+def _example_count(batch: Batch) -> int:
+    return int(np.shape(jax.tree.leaves(batch)[0])[0])
+
+
+def _described(tree: PyTree) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
