@@ -100,7 +100,13 @@ WRITTEN: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+DTYPES = [
+    pytest.param(jnp.float32, id="float32"),
+    pytest.param(jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", WRITTEN)
 def test_with_its_own_numbers_an_update_is_plain_optax_bit_for_bit(spec: str, dtype: Any) -> None:
     params, optimizer = params_of(dtype), resolve(spec, 10)
@@ -119,7 +125,7 @@ def test_a_tasks_own_optimizer_with_weight_decay_decays_as_plain_optax() -> None
     assert_same_bits(served(resolve(made, 10), PARAMS, {}), plain(made, PARAMS))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("number", [float, np.float32], ids=["python's", "numpy's"])
 def test_a_set_learning_rate_is_the_one_that_is_trained_with(dtype: Any, number: Any) -> None:
     params, optimizer = params_of(dtype), resolve("adamw(1e-3)", 10)
