@@ -143,6 +143,8 @@ class Coordinator:
             )
         self.history = history
         self._kept: dict[int, tuple[jax.Array, ...]] = {}  # weights of bases, to compensate
+        if self.settings.staleness.compensate is not None:
+            self._kept[store.current.version] = store.current.leaves
         self._backup_timer: asyncio.TimerHandle | None = None
         self.applier = Applier(store, _on_loop(self._done), self.journal, history)
         if self.settings != store.current.settings:

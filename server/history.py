@@ -67,7 +67,7 @@ class History:
         """Why lines could not be written, until they were."""
 
     def go_on(self, lines: Iterable[Line]) -> None:
-        """Add what a crash has cost the file of these; says what is missing before them."""
+        """Add what a crash has cost the file of these, which the update log has kept."""
         began = self.version
         for line in lines:
             if line["v"] > began or ("u" not in line and line not in self._last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from headwater.protos.errors import UsageError
@@ -39,8 +40,10 @@ class StalenessPolicy:
         """
         if text in ("none", "scale"):
             return cls(scale=text == "scale")
-        if match := re.fullmatch(r"compensate(?::(\d+(?:\.\d+)?(?:e-?\d+)?))?", text):
-            return cls(compensate=float(match[1] or DEFAULT_LAMBDA))
+        if match := re.fullmatch(r"compensate(?::(\d+(?:\.\d+)?(?:e[+-]?\d+)?))?", text):
+            strength = float(match[1] or DEFAULT_LAMBDA)
+            if math.isfinite(strength):
+                return cls(compensate=strength)
         if match := re.fullmatch(r"drop:(\d{1,9})", text):
             return cls(drop=int(match[1]))
         raise UsageError(
@@ -52,5 +55,5 @@ class StalenessPolicy:
         if self.scale:
             return "scale"
         if self.compensate is not None:
-            return f"compensate:{self.compensate:g}"
+            return f"compensate:{self.compensate!r}".removesuffix(".0")
         return "none" if self.drop is None else f"drop:{self.drop}"

@@ -94,3 +94,10 @@ def test_an_error_names_the_setting_that_was_read() -> None:
         Dial.parse("fast", name="consistency")
     with pytest.raises(UsageError, match=r"^staleness 'slow': it is none; "):
         StalenessPolicy.parse("slow", name="staleness")
+
+
+def test_a_strength_is_shown_with_all_its_digits_and_is_finite() -> None:
+    for text in ("compensate:0.123456789012345", "compensate:1e+16", "compensate:1e-07"):
+        assert str(StalenessPolicy.parse(text)) == text
+    with pytest.raises(UsageError, match="compensate:1e999"):
+        StalenessPolicy.parse("compensate:1e999")
