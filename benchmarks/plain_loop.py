@@ -16,6 +16,7 @@ import optax
 from headwater.examples.mnist import task as mnist
 from headwater.server.order import BatchOrder
 from headwater.worker.data import batch_rng
+from headwater.worker.optimizer_spec import transformation
 
 WARM_UP = 50
 """Updates before the clock starts."""
@@ -28,17 +29,18 @@ def updates_per_second(epochs: int) -> float:
     order = BatchOrder(
         example_count=len(data), batch_size=task.batch_size, epochs=epochs, seed=task.seed
     )
+    optimizer, _ = transformation(task.optimizer, order.total)
     key = jax.random.key(task.seed)
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any, epoch: Any, number: Any) -> Any:
         batch_key = jax.random.fold_in(jax.random.fold_in(key, epoch), number)
         (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, batch, batch_key)
-        updates, state = task.optimizer.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     params = task.init(key)
-    state = task.optimizer.init(params)
+    state = optimizer.init(params)
     began = time.perf_counter()
     for position in range(order.total):
         if position == WARM_UP:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from headwater.client.status import Status, as_dict
+from headwater.client.status import Status, as_dict, values_of
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
@@ -95,6 +95,15 @@ class Client:
         """
         return as_dict(self._ask("GetStatus", pb.StatusRequest(watches=watches)))
 
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What `set` can change, by name: the values of `headwater set --json`.
+
+        Each has `value`, as text; `is_set`, whether it was changed by `set`; `compiles`,
+        whether another value has the update compiled anew; and `planned`, a list of
+        {"after_version": …, "value": …}.
+        """
+        return _by_name(self._ask("GetSettings", pb.SettingsRequest()))
+
     def pull(self) -> Weights:
         """The newest version of the weights, whole."""
         return self._named(self._reader.pull(pb.PullRequest()))
@@ -176,6 +185,25 @@ class Client:
         """Undo `pause`."""
         return self._steer("Resume", pb.ResumeRequest())
 
+    def set(self, values: Mapping[str, str | float], *, at_version: int | None = None) -> str:
+        """Change settings of the run, all or none, from the next update on; kept from then on.
+
+        Args:
+          values: `consistency`, such as "bounded:4", and numbers of the optimizer, such
+            as {"learning_rate": 3e-4}; `settings` has their names.
+          at_version: For numbers: the update that follows this version is the first
+            with them; by default the next one.
+
+        Returns:
+          What was done.
+
+        Raises:
+          Refused: BAD_SETTING; says what can be set.
+        """
+        texts = {name: str(value) for name, value in values.items()}
+        request = pb.SetRequest(values=texts, at_version=at_version)
+        return self._steer("Set", request, timeout_s=SNAPSHOT_TIMEOUT_S)
+
     def evict(self, worker: str) -> str:
         """Take a worker, by name or id, out of the run for this life of the server.
 
@@ -233,3 +261,8 @@ class Client:
             return getattr(self._stub, method)(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise from_rpc_error(error, self.address) from None
+
+
+def _by_name(reply: pb.SettingsReply) -> dict[str, dict[str, Any]]:
+    found = [values_of(setting) for setting in reply.settings]
+    return {setting.pop("name"): setting for setting in found}

@@ -271,6 +271,44 @@ def resume(server: ServerAddress = DEFAULT_ADDRESS) -> None:
     _steer(server, Client.resume)
 
 
+@app.command("set")
+def set_(
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=VALUE…", help="Such as learning_rate=3e-4; none: list all."),
+    ] = None,
+    at_version: Annotated[
+        int | None,
+        typer.Option(metavar="V", min=0, help="The update after this version has it first."),
+    ] = None,
+    server: ServerAddress = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Change settings while the run trains: the consistency, the optimizer's numbers.
+
+    They hold from the next update on, and through crashes. Without NAME=VALUE: list what can be
+    set, and how it stands.
+    """
+    wanted = dict(map(_assignment, values or ()))
+    if at_version is not None and not wanted:
+        raise UsageError("--at-version needs NAME=VALUE, such as learning_rate=3e-4")
+    with Client(server) as client:
+        message = client.set(wanted, at_version=at_version) if wanted else ""
+        if as_json:
+            _print_json(client.settings())
+        elif message:
+            print(message)
+        else:
+            Console().print(show.settings_table(client.settings()), soft_wrap=True)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UsageError(f"{text!r}: write NAME=VALUE, such as learning_rate=3e-4")
+    return name, value
+
+
 @app.command()
 def evict(
     worker: Annotated[str, typer.Argument(metavar="WORKER", help="A name or an id.")],

@@ -130,6 +130,22 @@ def workers_table(workers: list[dict[str, Any]]) -> Table:
     return table
 
 
+def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `headwater set` can change."""
+    grid = Table.grid(padding=(0, 2))
+    for style in ("", "bold", "dim"):
+        grid.add_column(style=style)
+    for name, setting in settings.items():
+        notes = ["set"] if setting["is_set"] else []
+        notes += [
+            f"{p['value']} from version {p['after_version']:,} on" for p in setting["planned"]
+        ]
+        if setting["compiles"]:
+            notes.append("to change it compiles the update anew")
+        grid.add_row(name, setting["value"], "; ".join(notes))
+    return grid
+
+
 def one_line(status: Status) -> str:
     """The run in a line, for logs and pipes."""
     figures = {} if status["loss"] is None else {"loss": status["loss"]}

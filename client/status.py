@@ -15,11 +15,12 @@ explained; the stamp's three stand beside them. A value that is not known is Non
 
 def as_dict(reply: pb.StatusReply) -> Status:
     """The reply with enums as lower-case words, such as state "training"."""
-    values = _values(reply)
+    values = values_of(reply)
     return {**values.pop("stamp"), **values}
 
 
-def _values(message: Message) -> dict[str, Any]:
+def values_of(message: Message) -> dict[str, Any]:
+    """The fields of any message, likewise."""
     return {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
 
 
@@ -28,11 +29,11 @@ def _value(message: Message, field: Any) -> Any:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return dict(sorted(value.items()))
     if field.is_repeated:
-        return [_values(item) if isinstance(item, Message) else item for item in value]
+        return [values_of(item) if isinstance(item, Message) else item for item in value]
     if field.has_presence and field.message_type is None and not message.HasField(field.name):
         return None
     if field.message_type is not None:
-        return _values(value)
+        return values_of(value)
     if field.enum_type is not None:
         known = field.enum_type.values_by_number.get(value)
         return known.name.partition("_")[2].lower() if known else f"unknown ({value})"

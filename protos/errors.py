@@ -33,6 +33,7 @@ class Reason(enum.Enum):
     OLD_INCARNATION = _Code.FAILED_PRECONDITION, "the server is older than what was seen of the run"
     MALFORMED = _Code.INVALID_ARGUMENT, "the message breaks the protocol"
     FUTURE_VERSION = _Code.INVALID_ARGUMENT, "the version has not been made yet"
+    BAD_SETTING = _Code.INVALID_ARGUMENT, "no such setting, or it cannot have that value"
     UNKNOWN_WORKER = _Code.NOT_FOUND, "no such worker"
     EVICTED = _Code.PERMISSION_DENIED, "the worker was evicted"
     FENCED = _Code.ABORTED, "a newer stream of this worker took over"

@@ -445,7 +445,7 @@ class StatusRequest(_message.Message):
     def __init__(self, watches: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times")
+    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -454,6 +454,13 @@ class StatusReply(_message.Message):
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     class TrainingMetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class OptimizerNumbersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -497,6 +504,7 @@ class StatusReply(_message.Message):
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     INNER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_NUMBERS_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     run_id: str
     task: str
@@ -534,7 +542,8 @@ class StatusReply(_message.Message):
     local_steps: int
     inner_optimizer: str
     times: Times
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ...) -> None: ...
+    optimizer_numbers: _containers.ScalarMap[str, float]
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Times(_message.Message):
     __slots__ = ("wait_s", "load_s", "compute_s", "wire_s")
@@ -624,6 +633,57 @@ class PauseRequest(_message.Message):
 class ResumeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class SetRequest(_message.Message):
+    __slots__ = ("values", "at_version")
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    AT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.ScalarMap[str, str]
+    at_version: int
+    def __init__(self, values: _Optional[_Mapping[str, str]] = ..., at_version: _Optional[int] = ...) -> None: ...
+
+class SettingsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SettingsReply(_message.Message):
+    __slots__ = ("stamp", "settings", "message")
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    stamp: Stamp
+    settings: _containers.RepeatedCompositeFieldContainer[Setting]
+    message: str
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., settings: _Optional[_Iterable[_Union[Setting, _Mapping]]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Setting(_message.Message):
+    __slots__ = ("name", "value", "is_set", "compiles", "planned")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    IS_SET_FIELD_NUMBER: _ClassVar[int]
+    COMPILES_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: str
+    is_set: bool
+    compiles: bool
+    planned: _containers.RepeatedCompositeFieldContainer[PlannedValue]
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ..., is_set: bool = ..., compiles: bool = ..., planned: _Optional[_Iterable[_Union[PlannedValue, _Mapping]]] = ...) -> None: ...
+
+class PlannedValue(_message.Message):
+    __slots__ = ("after_version", "value")
+    AFTER_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    after_version: int
+    value: str
+    def __init__(self, after_version: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("worker",)

@@ -268,15 +268,20 @@ def _recover(
         recovered = recover(
             snapshot, recovery, tree, old, incarnation=incarnation, software=run.software
         )
-        if (old.text, before.updates) != (optimizer.text, updates):
-            store = recovered.store
-            facts, arrays = _snapshot_of(run, old.text, store.current, rounds)
+        is_other = (old.text, before.updates) != (optimizer.text, updates)
+        facts, arrays = _snapshot_of(run, old.text, recovered.store.current, rounds)
+        if recovered.ends_early or (is_other and recovered.replayed):
+            # A later recovery would replay what is wrong, or with the new optimizer.
+            snapshots.save(facts, arrays)
+            update_log.remove_all(run_dir.path)
+        if is_other:
+            facts, warnings = _without_numbers(facts, old.text, optimizer.text)
             again = _in_rounds(Snapshot(facts, arrays), rounds)
-            state = restored(again, tree, optimizer, incarnation)
-            if recovered.replayed:  # a later recovery would replay with the new optimizer
-                snapshots.save(facts, arrays)
-                update_log.remove_all(run_dir.path)
-            recovered = dataclasses.replace(recovered, store=Store(tree, optimizer, state))
+            recovered = dataclasses.replace(
+                recovered,
+                store=Store(tree, optimizer, restored(again, tree, optimizer, incarnation)),
+                warnings=(*recovered.warnings, *warnings),
+            )
     except NotFinite as error:
         raise UsageError(f"the run's snapshot has weights that are not finite: {error}") from None
     for warning in recovered.warnings:
@@ -286,6 +291,16 @@ def _recover(
         run.run_id, recovered.store.current.version, incarnation,
     )  # fmt: skip
     return recovered
+
+
+def _without_numbers(facts: Facts, old: str, new: str) -> tuple[Facts, list[str]]:
+    """With no numbers that were set of an optimizer, unless it is the same one."""
+    before = Settings.from_json(facts.settings)
+    if old == new or not (before.numbers or before.planned):
+        return facts, []
+    after = dataclasses.replace(before, numbers={}, planned=())
+    warning = f"the optimizer is {new} now: the numbers that were set of {old} no longer hold"
+    return dataclasses.replace(facts, settings=after.to_json()), [warning]
 
 
 def _begin_log(

@@ -24,7 +24,7 @@ from headwater.server.log_records import Kind, Record
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.settings import Settings
 from headwater.server.snapshots import restored
-from headwater.server.store import Step, Store
+from headwater.server.store import Diverged, Step, Store
 from headwater.server.update_log import Recovery
 from headwater.worker.tree import ParameterTree
 
@@ -47,6 +47,8 @@ class Recovered:
     warnings: tuple[str, ...]
     lines: tuple[Line, ...] = ()
     """What the history has to say of what was replayed."""
+    ends_early: bool = False
+    """Whether the log has more, which is not to be gone on from."""
 
 
 def recover(
@@ -76,11 +78,10 @@ def recover(
     store = Store(tree, optimizer, restored(snapshot, tree, optimizer, incarnation))
     warnings = _changes(snapshot.facts.software, software)
     lines: list[Line] = []
-    replayed, same_bits = 0, True
+    replayed, same_bits, ends_early = 0, True, False
     for record in recovery:
-        if not _is_new(record, store):
+        if ends_early or not _is_new(record, store):
             continue
-        lines.append(_line(record))
         if same_bits and record.kind is Kind.UPDATE:
             same_bits = weights_crc(store.current) == record.weights_crc
             if not same_bits:
@@ -89,7 +90,14 @@ def recover(
                     "before the crash (another machine, or other software); training goes on "
                     "from what they gave now"
                 )
-        _replay(record, store)
+        try:
+            _replay(record, store)
+        except Diverged as error:
+            # Written down before it was tried, as all are; it never made a version.
+            warnings.append(f"the update of version {record.version} is taken back: {error}")
+            ends_early = True
+            continue
+        lines.append(_line(record))
         replayed += 1
         if time.monotonic() - said > SAY_S:
             said = time.monotonic()
@@ -106,6 +114,7 @@ def recover(
         recovery.sequence,
         tuple(warnings),
         tuple(lines),
+        ends_early,
     )
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from headwater.server.coordinator import Coordinator
 from headwater.server.prepare import Prepared
+from headwater.server.run_state import Run
 from headwater.server.store import Published
 from headwater.server.update_log import UpdateLog
+from headwater.server.updates import Updates
 
 log = logging.getLogger("headwater.server")
 
@@ -29,8 +30,9 @@ MAX_REPLAY_S = 5.0
 class Saver:
     """Snapshots of one run."""
 
-    def __init__(self, run: Coordinator, prepared: Prepared) -> None:
+    def __init__(self, run: Run, updates: Updates, prepared: Prepared) -> None:
         self._run = run
+        self._updates = updates
         self._prepared = prepared
         self._lock = asyncio.Lock()
         self._saved: Published | None = None
@@ -70,7 +72,7 @@ class Saver:
             self._failed_time = None
             if self._run.problems.pop("snapshot", None):
                 log.info("version %d was written; the disk is well again", published.version)
-            self._run.durable(published.version)
+            self._updates.durable(published.version)
             if self._prepared.log is not None:
                 await asyncio.to_thread(self._shorten, self._prepared.log)
             return None
@@ -98,5 +100,5 @@ class Saver:
         update_log = self._prepared.log
         return update_log is not None and (
             update_log.size_bytes > MAX_LOG_BYTES
-            or updates * run.applier.mean_update_s > MAX_REPLAY_S
+            or updates * self._updates.applier.mean_update_s > MAX_REPLAY_S
         )

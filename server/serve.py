@@ -28,6 +28,7 @@ from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
 from headwater.server.encoder import Encoder
 from headwater.server.prepare import PortTaken, Prepared
+from headwater.server.run_state import Run
 from headwater.server.saver import Saver
 from headwater.server.service import Service
 from headwater.server.snapshots import arrays_of
@@ -78,7 +79,7 @@ class Serving:
         self._encoder = Encoder(prepared.store.layout)
         self._health = health.aio.HealthServicer()
         self._grace_ends = 0.0
-        self.run_state = Coordinator(
+        self.run_state = Run(
             prepared.store,
             prepared.rounds,
             prepared.identity,
@@ -88,10 +89,16 @@ class Serving:
             optimizer_text=prepared.optimizer_text,
             inner_optimizer=prepared.inner_optimizer,
             settings=prepared.settings,
+        )
+        self._coordinator = Coordinator(
+            self.run_state,
+            prepared.store,
+            self._log,
             update_log=prepared.log,
             history=prepared.history,
         )
-        self._saver = Saver(self.run_state, prepared)
+        self._updates = self._coordinator.updates
+        self._saver = Saver(self.run_state, self._updates, prepared)
         for number, warning in enumerate(prepared.warnings):
             self.run_state.problems[f"recovery-{number}"] = warning
         if prepared.evaluation is not None:
@@ -117,7 +124,9 @@ class Serving:
         """
         run, config = self.run_state, self._prepared.config
         server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
-        service = Service(run, self._encoder, self._saver, self.stop, self._log_evaluation)
+        service = Service(
+            self._coordinator, self._encoder, self._saver, self.stop, self._log_evaluation
+        )
         server.add_generic_rpc_handlers((rpc.handlers(service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         host, _ = split_address(config.listen, "--listen")
@@ -131,7 +140,7 @@ class Serving:
         await server.start()
         on_ready(join_address(host, port))
         first = run.current.version
-        run.begin()
+        self._coordinator.begin()
         try:
             async with self._background(
                 self._tick(),
@@ -152,10 +161,10 @@ class Serving:
         return ended
 
     def _close_applier(self) -> None:
-        journal = self.run_state.journal
+        journal = self._updates.journal
         if journal is not None:
             journal.give_up()
-        self.run_state.applier.close()
+        self._updates.applier.close()
         self._prepared.history.close()
         if journal is not None:
             try:
@@ -174,8 +183,8 @@ class Serving:
         else:
             await self._health.enter_graceful_shutdown()  # NOT_SERVING, to all who ask
             if error is None:
-                await run.drain(self._prepared.config.grace_s / 2)
-            await run.stop_training(apply_held=error is None)
+                await self._coordinator.drain(self._prepared.config.grace_s / 2)
+            await self._coordinator.stop_training(apply_held=error is None)
         saved = not run.log_broken and await self._save_patiently(run.current)
         if not saved and finished:
             error = f"the final weights could not be written to {run.run_dir}"
@@ -186,11 +195,11 @@ class Serving:
         if error:
             run.problems["end"] = error
         failpoints.reach("end-finished")
-        run.end_waits()
+        self._coordinator.end_waits()
         if run.log_broken:
-            run.cut_all("the server's disk failed")
+            self._coordinator.cut_all("the server's disk failed")
         else:
-            run.bye_to_all()
+            self._coordinator.bye_to_all()
         failpoints.reach("end-bye")
         await self._let_lookers_see(run.clock())
         if finished and not error:
@@ -286,9 +295,9 @@ class Serving:
             now = clock()
             if now - last > TICK_S + STANDSTILL_S:
                 log.warning("the server stood still for %.1f s; deadlines are moved", now - last)
-                self.run_state.shift(now - last - TICK_S)
+                self._coordinator.shift(now - last - TICK_S)
             last = now
-            self.run_state.tick()
+            self._coordinator.tick()
 
     async def _shuffle_ahead(self) -> None:
         """Have the next epoch's order ready before its first lease."""

@@ -64,13 +64,14 @@ class Service:
 
     def __init__(
         self,
-        run: Coordinator,
+        coordinator: Coordinator,
         encoder: Encoder,
         saver: Saver,
         on_stop: Callable[[], None],
         on_evaluation: Callable[[pb.EvaluationReport], None],
     ) -> None:
-        self._run = run
+        self._coordinator = coordinator
+        self._run = coordinator.run
         self._encoder = encoder
         self._saver = saver
         self._on_stop = on_stop
@@ -78,7 +79,7 @@ class Service:
 
     @_answered
     async def Exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        await Session(self._run, self._encoder, context).run(requests)
+        await Session(self._coordinator, self._encoder, context).run(requests)
 
     @_answered
     async def Pull(self, request: pb.PullRequest, context: Context) -> None:
@@ -112,7 +113,7 @@ class Service:
         if request.evaluates:
             run.evaluations.begin_wait()
         try:
-            await run.wait_for_version(request.min_version, wait_s)
+            await self._coordinator.wait_for_version(request.min_version, wait_s)
         finally:
             if request.evaluates:
                 run.evaluations.end_wait(run.clock())
@@ -148,21 +149,31 @@ class Service:
 
     @_answered
     async def Pause(self, request: pb.PauseRequest, context: Context) -> pb.SteerReply:
-        if self._run.state_override is not None:
-            return self._done("the run is over; there is nothing to pause")
-        await self._run.pause()
-        return self._done(f"paused at version {self._run.current.version}")
+        return self._done(await self._coordinator.steering.pause())
 
     @_answered
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.SteerReply:
-        if self._run.state_override is not None:
-            return self._done("the run is over; there is nothing to go on with")
-        self._run.resume()
-        return self._done("training goes on")
+        return self._done(self._coordinator.steering.resume())
+
+    @_answered
+    async def Set(self, request: pb.SetRequest, context: Context) -> pb.SettingsReply:
+        at_version = request.at_version if request.HasField("at_version") else None
+        message = await self._coordinator.steering.set(request.values, at_version)
+        if problem := await self._saver.save(self._run.current):
+            message += f"; a crash now would undo it: {problem}"
+        return await self._settings(message)
+
+    @_answered
+    async def GetSettings(self, request: pb.SettingsRequest, context: Context) -> pb.SettingsReply:
+        return await self._settings("")
+
+    async def _settings(self, message: str) -> pb.SettingsReply:
+        settings = await self._coordinator.steering.settings()
+        return pb.SettingsReply(stamp=self._run.stamp(), settings=settings, message=message)
 
     @_answered
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.SteerReply:
-        return self._done(f"{self._run.evict(request.worker)} was evicted")
+        return self._done(f"{self._coordinator.evict(request.worker)} was evicted")
 
     @_answered
     async def Snapshot(self, request: pb.SnapshotRequest, context: Context) -> pb.SteerReply:

@@ -56,7 +56,7 @@ class Session:
         self._outbox: deque[tuple[pb.ServerMessage, Published | None]] = deque()
         self._outbox_filled = asyncio.Event()
         self._over: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
-        self._sent_time = coordinator.clock()
+        self._sent_time = coordinator.run.clock()
         self._member: Member | None = None
         self._incoming: _Incoming | None = None
 
@@ -69,7 +69,7 @@ class Session:
 
     def quiet_for(self, seconds: float) -> bool:
         """Whether nothing was sent for so long, and nothing is about to be."""
-        idle_s = self._coordinator.clock() - self._sent_time
+        idle_s = self._coordinator.run.clock() - self._sent_time
         return not self._outbox_filled.is_set() and idle_s > seconds
 
     def end(self, reason: Reason, message: str) -> None:
@@ -130,13 +130,13 @@ class Session:
             raise Refused(
                 Reason.SLOW_READER, f"{len(data)} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"
             ) from None
-        self._coordinator.figures.bytes_out += len(data)
-        self._sent_time = self._coordinator.clock()
+        self._coordinator.run.figures.bytes_out += len(data)
+        self._sent_time = self._coordinator.run.clock()
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         """Handle what comes, until the worker ends its side."""
         async for data in requests:
-            self._coordinator.figures.bytes_in += len(data)
+            self._coordinator.run.figures.bytes_in += len(data)
             try:
                 message, body = unframe(pb.WorkerMessage, data)
             except MalformedMessage as error:
@@ -171,18 +171,18 @@ class Session:
 
     def _begin_push(self, member: Member, push: pb.Push, body: memoryview | None) -> None:
         if self._incoming is not None:
-            missing = self._coordinator.layout.total_bytes - self._incoming.received
+            missing = self._coordinator.run.layout.total_bytes - self._incoming.received
             self._reject(member, f"a new push began while {missing} bytes of the last were missing")
         ticket = self._coordinator.admit(member, push)
         if ticket is not None:
-            self._incoming = _Incoming(ticket, push, self._coordinator.staging.take())
+            self._incoming = _Incoming(ticket, push, self._coordinator.run.staging.take())
             self._take_bytes(member, 0, body)
 
     def _add_part(self, member: Member, part: pb.PushPart, body: memoryview | None) -> None:
         incoming = self._incoming
         if incoming is None or part.token != incoming.push.token:
             # The rest of a push that was answered already: refused, or its ticket lost.
-            self._coordinator.check_size(len(body or b""), PART_BYTES)
+            _check_size(len(body or b""))
             return
         self._take_bytes(member, part.offset, body)
 
@@ -222,5 +222,11 @@ class Session:
 
     def _drop_incoming(self) -> None:
         if self._incoming is not None:
-            self._coordinator.staging.give_back(self._incoming.buffer)
+            self._coordinator.run.staging.give_back(self._incoming.buffer)
             self._incoming = None
+
+
+def _check_size(size: int) -> None:
+    """Bound what is thrown away, too."""
+    if size > PART_BYTES:
+        raise Refused(Reason.MALFORMED, f"a part has {size} bytes; at most {PART_BYTES} are taken")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.server.coordinator import Coordinator
 from headwater.server.ledger import BatchState
 from headwater.server.metrics import mean_times
+from headwater.server.run_state import Run
 
 
-def status(run: Coordinator) -> pb.StatusReply:
+def status(run: Run) -> pb.StatusReply:
     """The run as it stands. Field by field as the .proto says."""
     now = run.clock()
     means = run.figures.means.values()
@@ -60,6 +60,7 @@ def status(run: Coordinator) -> pb.StatusReply:
         local_steps=run.rounds.steps,
         inner_optimizer=run.inner_optimizer,
         optimizer=run.optimizer_text,
+        optimizer_numbers=run.settings.numbers,
         skipped=skipped,
         problems=list(run.problems.values()),
         uptime_s=now - run.began_time,

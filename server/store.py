@@ -9,7 +9,7 @@ same calls in, the same state out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,10 @@ Leaves = Sequence[Any]
 
 class NotFinite(ValueError):
     """A gradient or its loss holds NaN or infinity; names the first place. Nothing changed."""
+
+
+class Diverged(ArithmeticError):
+    """An update would have made weights that are not finite. Nothing changed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +131,14 @@ class Store:
         Raises:
           OptimizerError: A number cannot be set to that.
         """
-        numbers = {**settings.numbers, **{plan.name: plan.value for plan in settings.planned}}
-        wanted = [dataclasses.replace(settings, numbers=numbers), settings]
-        missing = [s for s in wanted if self._key(s) not in self._steps]
-        for each in missing:
-            self._step(each)
+        stages = [settings, *(settings.at(plan.after_version) for plan in settings.planned)]
+        # Those in the state cost no compilation, but may not be what the state can hold.
+        in_state = {n: v for s in stages for n, v in self.optimizer.in_state(s.numbers).items()}
+        if in_state:
+            self.optimizer.set_in_state(self.current.optimizer_state, in_state)
+        missing = [stage for stage in stages if self._key(stage) not in self._steps]
+        for stage in missing:
+            self._step(stage)
         return bool(missing)
 
     def set(self, settings: Settings) -> Published:
@@ -199,6 +206,9 @@ class Store:
         """Make the next version; its settings are those that are due by now.
 
         The step's arrays may be used again when this returns.
+
+        Raises:
+          Diverged: The weights after it are not finite.
         """
         before = self.current
         settings = before.settings.at(before.version)
@@ -212,9 +222,12 @@ class Store:
             _loss_array(step.loss),
             *_extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
         ]
-        params, state = compiled(*arguments)
+        params, state, is_finite = compiled(*arguments)
         # XLA may read the gradient where it lies: it is ours until this is ready.
         jax.block_until_ready((params, state))
+        if not is_finite:
+            bad = self._not_finite(self._tree.leaves(params))
+            raise Diverged(f"{bad} would not be finite any more; lower the learning rate")
         applied = before.applied
         for position in step.positions:
             applied = applied.add(position)
@@ -256,7 +269,7 @@ class Store:
             loss = np.zeros((), np.float32)
             extras = _extras(live, 1.0 if scale else None)
             arguments = [params, start.optimizer_state, params, loss, *extras]
-            self._steps[key] = jax.jit(optimizer.apply).lower(*arguments).compile()
+            self._steps[key] = jax.jit(_checked(optimizer)).lower(*arguments).compile()
         return self._steps[key], live, scale
 
     def _check(self, leaves: Leaves, loss: np.ndarray) -> None:
@@ -264,10 +277,19 @@ class Store:
             return
         if not np.isfinite(loss):
             raise NotFinite(f"the loss is {float(loss)}")
-        for spec, leaf in zip(self.layout.tensors, leaves, strict=True):
-            count = np.size(leaf) - int(np.count_nonzero(jnp.isfinite(_wide(jnp.asarray(leaf)))))
-            if count:
-                raise NotFinite(f"{count} of the {np.size(leaf)} numbers in {spec.name}")
+        raise NotFinite(self._not_finite(leaves))
+
+    def _not_finite(self, leaves: Leaves) -> str:
+        """Which numbers of the first tensor that has such."""
+        counts = {
+            spec.name: (
+                int(np.count_nonzero(~np.asarray(jnp.isfinite(_wide(leaf))))),
+                np.size(leaf),
+            )
+            for spec, leaf in zip(self.layout.tensors, map(jnp.asarray, leaves), strict=True)
+        }
+        name, (count, size) = next((name, found) for name, found in counts.items() if found[0])
+        return f"{count} of the {size} numbers in {name}"
 
 
 def _extras(live: dict[str, float], scale: float | None) -> list[Any]:
@@ -282,8 +304,22 @@ def _loss_array(loss: float) -> np.ndarray:
         return np.asarray(loss, np.float32)
 
 
+def _checked(optimizer: AbstractOptimizer) -> Callable[..., tuple[PyTree, PyTree, jax.Array]]:
+    """The update, and whether the weights after it are finite."""
+
+    def apply(*arguments: Any) -> tuple[PyTree, PyTree, jax.Array]:
+        params, state = optimizer.apply(*arguments)
+        return params, state, _all_finite(jax.tree.leaves(params))
+
+    return apply
+
+
 def _is_finite(leaves: tuple[jax.Array, ...], loss: jax.Array) -> jax.Array:
-    return jnp.stack([jnp.isfinite(loss), *(jnp.isfinite(_wide(x)).all() for x in leaves)]).all()
+    return _all_finite([loss, *leaves])
+
+
+def _all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(_wide(x)).all() for x in arrays]).all()
 
 
 def _wide(x: jax.Array) -> jax.Array:
