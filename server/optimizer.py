@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from headwater.worker import optimizer_spec
@@ -253,7 +254,7 @@ class OptaxOptimizer(AbstractOptimizer):
             whole = not jnp.issubdtype(number.dtype, jnp.inexact)
             if whole and not float(values[name]).is_integer():
                 raise self._cannot_have({name: values[name]}, "it is a whole number")
-            return jnp.full_like(number, values[name])
+            return jax.device_put(np.asarray(values[name], number.dtype))  # compiles nothing
 
         return _map_injected(put, state, self._source.numbers)
 

@@ -9,7 +9,6 @@ there. Nothing a peer sends is trusted before it was checked.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import AsyncIterator
@@ -98,11 +97,16 @@ class Session:
         finally:
             for task in (reader, writer):
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, grpc.RpcError, Refused):
-                    await task
-            if self._member is not None:
-                self._coordinator.lost(self._member)
-            self._drop_incoming()
+            try:
+                await asyncio.wait((reader, writer))
+            finally:
+                # Whatever they ended with: gRPC has many words for a peer that has gone.
+                for task in (reader, writer):
+                    if task.done() and not task.cancelled():
+                        task.exception()
+                if self._member is not None:
+                    self._coordinator.lost(self._member)
+                self._drop_incoming()
 
     async def _write(self) -> None:
         """Send what is queued; returns when bye has been sent."""

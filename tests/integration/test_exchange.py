@@ -318,6 +318,17 @@ def test_an_evicted_worker_gets_bye_and_may_not_come_back(start) -> None:
     assert run.count() == [1.0] * EXAMPLES
 
 
+def test_workers_whose_streams_break_just_as_the_server_writes_are_gone_at_once(start) -> None:
+    """Not when their silence is noticed: what they had goes to others until then."""
+    run = start()
+    for _ in range(30):
+        worker = run.joined()
+        (here,) = wait_for(lambda: run.client.status()["workers"], "it is in the roster")
+        run.client.evict(here["name"])
+        worker.close()
+        wait_for(lambda: not run.client.status()["workers"], "it is gone", 5.0)
+
+
 def test_a_new_process_may_come_in_place_of_an_evicted_one(start) -> None:
     run = start()
     bad = run.joined("bad")

@@ -1,0 +1,368 @@
+"""`set`: settings changed while a run trains, over real gRPC, and kept through crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from headwater import ArrayData, Client, Server, Task
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import Reason, Refused
+from headwater.worker.tree import PyTree
+from kit import counting, processes
+from kit.protocol import BareWorker, hello_of
+from kit.waiting import wait_for
+
+ONES = np.ones(4, np.float32)
+
+
+def line(optimizer: Any = "sgd(1.0, momentum=0.5)", batches: int = 64) -> Task:
+    """Four weights at 0, moved by what is pushed."""
+
+    def loss(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+        return params["w"].sum()
+
+    return Task(
+        init=lambda key: {"w": jnp.zeros(4)},
+        loss=loss,
+        data=ArrayData(x=np.arange(batches)),
+        optimizer=optimizer,
+        batch_size=1,
+        epochs=1,
+    )
+
+
+class Run:
+    """An embedded server of `line`, a client, and a worker that pushes ones."""
+
+    def __init__(self, stack: contextlib.ExitStack, task: Task, run_dir: Path, **options: Any):
+        self._stack = stack
+        self.hello = hello_of(task)
+        self.server = stack.enter_context(Server(task, run_dir=run_dir, **options))
+        self.client = stack.enter_context(Client(self.server.address))
+        self._worker: BareWorker | None = None
+
+    def worker(self, **overrides: Any) -> BareWorker:
+        worker = self._stack.enter_context(BareWorker(self.server.address, self.hello))
+        worker.join(**overrides)
+        return worker
+
+    def push(self) -> float:
+        """Push ones; how far the weights moved by it."""
+        if self._worker is None:
+            self._worker = self.worker()
+        before = self.client.pull()["w"][0]
+        self._worker.push(self._worker.ticket(), ONES.tobytes())
+        assert self._worker.outcome().code == pb.OUTCOME_APPLIED
+        return float(before - self.client.pull()["w"][0])
+
+    def value(self, name: str) -> str:
+        return self.client.settings()[name]["value"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda optimizer="sgd(1.0)", **options: Run(
+            stack, line(optimizer), tmp_path / "run", **options
+        )
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What XLA compiled meanwhile, in this process."""
+    found: list[str] = []
+
+    def heard(event: str, seconds: float, **_: Any) -> None:
+        if "backend_compile" in event:
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+
+
+def test_what_can_be_set_is_listed_with_its_value_and_what_a_change_costs(
+    start: Callable[..., Run],
+) -> None:
+    run = start("sgd(cosine_decay_schedule(0.1, total_updates), momentum=0.9)")
+    settings = run.client.settings()
+    assert settings["consistency"]["value"] == "async"
+    assert settings["learning_rate"] == {
+        "value": "schedule", "is_set": False, "compiles": False, "planned": []
+    }  # fmt: skip
+    assert settings["momentum"] == {
+        "value": "0.9", "is_set": False, "compiles": True, "planned": []
+    }  # fmt: skip
+
+
+def test_a_learning_rate_holds_from_the_next_update_on_and_compiles_nothing(
+    start: Callable[..., Run],
+) -> None:
+    run = start("sgd(1.0)")
+    assert run.push() == 1.0
+    with compilations() as compiled:
+        said = run.client.set({"learning_rate": 0.25})
+        assert run.push() == 0.25
+        run.client.set({"learning_rate": 2})
+        assert run.push() == 2.0
+    assert compiled == []
+    assert said == "learning_rate=0.25 from version 1 on"
+    assert run.client.settings()["learning_rate"]["is_set"]
+    assert run.client.status()["optimizer_numbers"] == {"learning_rate": 2.0}
+
+
+def test_compilations_are_seen() -> None:
+    with compilations() as compiled:
+        jax.jit(lambda x: x * 3 + 1)(jnp.ones(7))
+    assert compiled
+
+
+def test_another_number_is_compiled_once_before_it_holds(start: Callable[..., Run]) -> None:
+    run = start("sgd(1.0, momentum=0.5)")
+    run.push()
+    with compilations() as compiled:
+        run.client.set({"momentum": 0.0})
+        assert len(compiled) == 1
+        assert run.push() == 1.0
+        assert run.push() == 1.0
+    assert len(compiled) == 1
+
+
+def test_a_number_set_at_a_version_is_the_first_of_the_update_after_it(
+    start: Callable[..., Run],
+) -> None:
+    run = start("sgd(1.0)")
+    run.client.set({"learning_rate": 0.5}, at_version=3)
+    run.client.set({"learning_rate": 0.125}, at_version=4)
+    planned = run.client.settings()["learning_rate"]["planned"]
+    assert planned == [
+        {"after_version": 3, "value": "0.5"}, {"after_version": 4, "value": "0.125"}
+    ]  # fmt: skip
+    assert [run.push() for _ in range(6)] == [1.0, 1.0, 1.0, 0.5, 0.125, 0.125]
+    assert run.client.settings()["learning_rate"]["planned"] == []
+    assert run.value("learning_rate") == "0.125"
+    assert run.client.status()["optimizer_numbers"] == {"learning_rate": 0.125}
+
+
+def test_a_value_in_place_of_a_schedule(start: Callable[..., Run]) -> None:
+    run = start("sgd(linear_schedule(1.0, 0.0, total_updates))")
+    assert run.push() == 1.0
+    run.client.set({"learning_rate": 0.5})
+    assert run.push() == run.push() == 0.5
+    assert run.value("learning_rate") == "0.5"
+
+
+def test_a_closed_transformation_can_be_scaled_and_what_it_injected_be_set(
+    start: Callable[..., Run],
+) -> None:
+    run = start(optax.inject_hyperparams(optax.sgd)(learning_rate=1.0))
+    assert run.push() == 1.0
+    with compilations() as compiled:
+        run.client.set({"learning_rate": 0.5})
+        assert run.push() == 0.5
+    assert compiled == []
+    run.client.set({"update_scale": 0.5})
+    assert run.push() == 0.25
+
+
+@pytest.mark.parametrize(
+    ("values", "at_version", "text"),
+    [
+        ({}, None, "nothing was given"),
+        ({"lr": "1"}, None, "no setting 'lr' .* there are consistency, learning_rate, momentum"),
+        ({"learning_rate": "fast"}, None, "learning_rate=fast: it takes a number"),
+        ({"learning_rate": "nan"}, None, "learning_rate=nan: it takes a number"),
+        ({"learning_rate": "0.5", "nesterov": "1"}, None, "no setting 'nesterov'"),
+        ({"learning_rate": "0.5", "consistency": "loose"}, None, "'loose': it is async;"),
+        ({"consistency": "sync:0"}, None, "sync:N, with N batches in an update, from 1 on"),
+        ({"consistency": "sync:1000000"}, None, "--max-staged-bytes has room for"),
+        ({"consistency": "async"}, 5, "only numbers can wait for a version"),
+        ({"learning_rate": "0.5"}, 0, "version 0 is past: the run is at version 1"),
+        ({"momentum": "0.5\n", "\x1b[31mred": "1"}, None, "no setting '.31mred'"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_whole(
+    start: Callable[..., Run], values: dict[str, str], at_version: int | None, text: str
+) -> None:
+    run = start("sgd(1.0, momentum=0.5)", max_staged_bytes=1 << 16)
+    run.push()
+    before = run.client.settings()
+    with pytest.raises(Refused, match=text) as refused:
+        run.client.set(values, at_version=at_version)
+    assert refused.value.reason is Reason.BAD_SETTING
+    assert run.client.settings() == before
+
+
+def test_a_run_that_is_over_cannot_be_set(start: Callable[..., Run], tmp_path: Path) -> None:
+    with (
+        Server(line("sgd(1.0)", batches=1), run_dir=tmp_path / "short") as server,
+        Client(server.address) as client,
+        BareWorker(server.address, hello_of(line(batches=1))) as worker,
+    ):
+        worker.join()
+        worker.push(worker.ticket(), ONES.tobytes())
+        wait_for(lambda: client.status()["state"] == "finished", "the end")
+        with pytest.raises(Refused, match="the run is over"):
+            client.set({"learning_rate": 1})
+
+
+def test_to_sync_only_if_all_workers_compute_alike(start: Callable[..., Run]) -> None:
+    run = start()
+    alike = [run.worker(compute={"threads": "1"}) for _ in range(2)]
+    run.client.set({"consistency": "sync:2"})
+    run.client.set({"consistency": "async"})
+    other = run.worker(compute={"threads": "2"})
+    with pytest.raises(Refused, match=r"worker-3 and worker-1 do not .* threads: 2 here, 1 there"):
+        run.client.set({"consistency": "sync:2"})
+    assert run.value("consistency") == "async"
+    run.client.evict("worker-3")
+    other.close()
+    wait_for(lambda: len(run.client.status()["workers"]) == 2, "the other one is gone")
+    run.client.set({"consistency": "sync:2"})
+    late = BareWorker(run.server.address, run.hello)
+    with late:
+        late.open(compute={"threads": "2"})
+        assert late.end().reason == "COMPUTE_MISMATCH"
+    for worker in alike:
+        worker.close()
+
+
+def test_a_gradient_that_waits_for_its_group_is_applied_alone_when_the_dial_turns(
+    start: Callable[..., Run],
+) -> None:
+    run = start("sgd(1.0)", consistency="sync:2")
+    worker = run.worker(compute={"threads": "1"})
+    worker.push(worker.ticket(), ONES.tobytes())
+    assert worker.outcome().code == pb.OUTCOME_HELD
+    second = worker.ticket()
+    run.client.set({"consistency": "bounded:1"})
+    wait_for(lambda: run.client.status()["version"] == 1, "the held one was applied")
+    worker.push(second, ONES.tobytes())
+    outcome = worker.outcome()
+    assert outcome.code == pb.OUTCOME_APPLIED, "one outcome for each push, and no other"
+    assert (outcome.version, outcome.staleness) == (2, 1)
+
+
+def test_what_is_too_old_for_the_new_bound_is_told_so_and_computed_anew(
+    start: Callable[..., Run],
+) -> None:
+    run = start("sgd(1.0)")
+    slow, fast = run.worker(), run.worker()
+    late = slow.ticket()
+    for _ in range(3):
+        fast.push(fast.ticket(), ONES.tobytes())
+        assert fast.outcome().code == pb.OUTCOME_APPLIED
+    run.client.set({"consistency": "bounded:1"})
+    slow.push(late, ONES.tobytes())
+    outcome = slow.outcome()
+    assert outcome.code == pb.OUTCOME_STALE
+    assert "bounded:1" in outcome.message
+    assert run.client.status()["rejected"]["stale"] == 1
+    assert run.client.status()["version"] == 3
+
+
+@pytest.mark.parametrize("durability", ["snapshot", "log"])
+def test_what_was_set_survives_kill_9_at_once(tmp_path: Path, durability: str) -> None:
+    task = tmp_path / "line.py"
+    task.write_text(
+        "import jax.numpy as jnp, numpy as np\n"
+        "from headwater import ArrayData, Task\n"
+        "task = Task(init=lambda key: {'w': jnp.zeros(4)}, batch_size=1, epochs=1,\n"
+        "            loss=lambda params, batch, key: params['w'].sum(),\n"
+        "            data=ArrayData(x=np.arange(64)), optimizer='sgd(1.0)')\n"
+    )
+    options = ["--run-dir", tmp_path / "run", "--durability", durability]
+    with (
+        processes.server(task, *options, cwd=tmp_path) as (command, address),
+        Client(address) as client,
+        BareWorker(address, hello_of(line(), "line")) as worker,
+    ):
+        worker.join()
+        worker.push(worker.ticket(), ONES.tobytes())
+        assert worker.outcome().code == pb.OUTCOME_APPLIED
+        client.set({"consistency": "bounded:3", "learning_rate": 0.5})
+        client.set({"learning_rate": 0.25}, at_version=2)
+        command.kill()
+    with (
+        processes.server(task, *options, cwd=tmp_path) as (_, address),
+        Client(address) as client,
+        BareWorker(address, hello_of(line(), "line")) as worker,
+    ):
+        assert client.status()["consistency"] == "bounded:3"
+        worker.join()
+        moved = []
+        for _ in range(3):
+            worker.push(worker.ticket(), ONES.tobytes())
+            assert worker.outcome().code == pb.OUTCOME_APPLIED
+            moved.append(float(client.pull()["w"][0]))
+    assert moved == [-1.5, -1.75, -2.0]
+    events = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert events.count('"kind": "set"') == 2
+
+
+def test_every_batch_counts_once_while_the_dial_is_turned_and_a_worker_is_killed(
+    tmp_path: Path,
+) -> None:
+    slow = tmp_path / "slow"
+    slow.touch()
+    words = counting.options(
+        examples=2048, epochs=2, compute_s=0.02, slow_while=slow, begun=tmp_path / "begun"
+    )
+    task = Path(counting.__file__)
+    dials = itertools.cycle(["bounded:0", "sync:4", "async", "bounded:1", "sync:3", "bounded:4"])
+    with (
+        processes.server(task, *words, cwd=tmp_path) as (_, address),
+        processes.worker(task, address, *words, cwd=tmp_path),
+        processes.worker(task, address, *words, cwd=tmp_path),
+        processes.worker(task, address, *words, cwd=tmp_path) as victim,
+        Client(address) as client,
+    ):
+        wait_for(lambda: client.status()["version"] >= 3, "the first updates")
+        for turn, dial in zip(range(12), dials, strict=False):
+            client.set({"consistency": dial})
+            version = client.status()["version"]
+            wait_for(lambda v=version: client.status()["version"] >= v + 2, f"updates with {dial}")
+            if turn == 5:
+                victim.kill()
+        slow.unlink()
+        wait_for(lambda: client.status()["state"] == "finished", "the end", 90)
+        status = client.status()
+        counts = client.pull()["count"]
+    assert status["batches_applied"] == status["batches_total"]
+    assert status["skipped"] == 0
+    # In a group of N each of 32 N cells moves by 1 / N: an update moves 32 in all.
+    assert counts.sum() == pytest.approx(32 * status["version"], rel=1e-5)
+    assert (counts > 0).all()
+
+
+def test_an_update_that_would_not_be_finite_ends_the_run_at_the_version_before(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        run = Run(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        run.push()
+        run.client.set({"learning_rate": 3e38})
+        with BareWorker(run.server.address, run.hello) as worker:
+            worker.join()
+            worker.push(worker.ticket(), (ONES * 1e5).tobytes())
+            ended = worker.bye()
+    assert ended.reason == pb.BYE_FAILED
+    assert "4 of the 4 numbers in w would not be finite any more" in ended.message
+    with contextlib.ExitStack() as stack:
+        run = Run(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        assert run.client.status()["version"] == 1
+        run.client.set({"learning_rate": 1.0})
+        assert run.push() == 1.0
+        assert float(run.client.pull()["w"][0]) == -2.0
