@@ -40,7 +40,7 @@ order = BatchOrder(
     example_count=len(task.dataset), batch_size=task.batch_size, epochs=epochs, seed=seed
 )
 total_updates = order.total
-tx = eval(optimizer) if optimizer else task.optimizer
+tx = eval(optimizer)
 
 
 def gradient(params, batch, epoch, number):
@@ -139,7 +139,7 @@ def train(task: str, *options: str, cwd: Path) -> Path:
     return cwd / "run/weights.safetensors"
 
 
-def plain_loop(task: str, epochs: int, seed: int, optimizer: str = "", *, cwd: Path) -> int:
+def plain_loop(task: str, epochs: int, seed: int, optimizer: str, *, cwd: Path) -> int:
     """Run PLAIN_LOOP in a process of its own; the number of its updates."""
     done = subprocess.run(  # noqa: S603  (our own script)
         [sys.executable, "-c", PLAIN_LOOP, task, str(epochs), str(seed), optimizer],
@@ -167,7 +167,7 @@ def test_one_worker_equals_plain_optax_with_adam(tmp_path: Path) -> None:
 
     trained = train(task, "--epochs", "1", cwd=tmp_path)
 
-    assert plain_loop(task, epochs=1, seed=0, cwd=tmp_path) == 125
+    assert plain_loop(task, 1, 0, "optax.adam(1e-3)", cwd=tmp_path) == 125
     assert_same_bits(trained, tmp_path / "apart.safetensors")
     assert_same_bits(trained, tmp_path / "fused.safetensors")
 

@@ -25,17 +25,21 @@ START_TIMEOUT_S = 60.0
 
 
 class Command:
-    """A running `headwater` command. Use as a context, which kills it and what it started."""
+    """A running `headwater` command. Use as a context, which kills it and what it started.
 
-    def __init__(self, *arguments: str | Path, cwd: Path, **environment: str) -> None:
+    XLA has one thread unless `environment` says otherwise; None takes a variable away.
+    """
+
+    def __init__(self, *arguments: str | Path, cwd: Path, **environment: str | None) -> None:
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in __exit__)
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = {k: v for k, v in os.environ.items() if not k.startswith("HEADWATER")}
+        changed = {"NPROC": "1", **environment}
         self.arguments = [str(word) for word in arguments]
         self.process = subprocess.Popen(  # noqa: S603  (our own command)
             [str(HEADWATER), *self.arguments],
             cwd=cwd,
-            env={**env, "NPROC": "1", **environment},
+            env={k: v for k, v in {**env, **changed}.items() if v is not None},
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._errors,
@@ -100,7 +104,9 @@ class Finished(NamedTuple):
     errors: str
 
 
-def run(*arguments: str | Path, cwd: Path, timeout_s: float = 60.0, **environment: str) -> Finished:
+def run(
+    *arguments: str | Path, cwd: Path, timeout_s: float = 60.0, **environment: str | None
+) -> Finished:
     """Run a command to its end."""
     with Command(*arguments, cwd=cwd, **environment) as command:
         status = command.wait(timeout_s)
@@ -109,7 +115,7 @@ def run(*arguments: str | Path, cwd: Path, timeout_s: float = 60.0, **environmen
 
 @contextlib.contextmanager
 def server(
-    task: str | Path, *options: str | Path, cwd: Path, **environment: str
+    task: str | Path, *options: str | Path, cwd: Path, **environment: str | None
 ) -> Iterator[tuple[Command, str]]:
     """A server process of the task on a free port, and its address, once it answers."""
     arguments = ("server", "--task", task, "--listen", "127.0.0.1:0", *options)
@@ -128,7 +134,7 @@ def _address(command: Command) -> str:
 
 @contextlib.contextmanager
 def worker(
-    task: str | Path, address: str, *options: str | Path, cwd: Path, **environment: str
+    task: str | Path, address: str, *options: str | Path, cwd: Path, **environment: str | None
 ) -> Iterator[Command]:
     """A worker process."""
     arguments = ("worker", "--task", task, "--server", address, *options)
