@@ -169,7 +169,7 @@ def server(
         ticket_timeout_s=ticket_timeout,
     )
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
-    if (consistency or "").startswith("sync"):
+    if (consistency or _recorded_consistency(run_dir)).startswith("sync"):
         compute.fix(os.environ)
     use_platform(platform)
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
@@ -205,6 +205,17 @@ def server(
         log.info("%s", again)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _recorded_consistency(run_dir: Path | None) -> str:
+    """What a run that is continued was started with; known before JAX is, which loads the task."""
+    from headwater.server.run_dir import RunDir
+    from headwater.server.run_record import RunRecord
+
+    if run_dir is None or not RunDir.holds_run(run_dir):
+        return ""
+    record = RunRecord.parse((run_dir / "run.json").read_text(), str(run_dir / "run.json"))
+    return record.asked.get("consistency") or ""
 
 
 def _resume_command(run_dir: Path) -> str:

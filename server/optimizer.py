@@ -30,7 +30,7 @@ import optax
 
 from headwater.worker import optimizer_spec
 from headwater.worker.optimizer_spec import Expression, Number, OptimizerError
-from headwater.worker.tree import PyTree
+from headwater.worker.tree import PyTree, described
 
 Scalar = jax.Array | float
 
@@ -229,7 +229,7 @@ class OptaxOptimizer(AbstractOptimizer):
             raise self._cannot_have(values, str(error)) from error
         except optimizer_spec.SpecError as error:
             raise self._cannot_have(values, error.what) from error
-        if _shapes(jax.eval_shape(other.init, params)) != _shapes(
+        if described(jax.eval_shape(other.init, params)) != described(
             jax.eval_shape(self.init, params)
         ):
             raise self._cannot_have(
@@ -397,7 +397,7 @@ def check(optimizer: AbstractOptimizer, params: PyTree) -> None:
             f"loss alone: {type(error).__name__}: {error}"
         ) from error
     for what, old, new in zip(("parameters", "state"), (params, state), after, strict=True):
-        if _shapes(old) != _shapes(new):
+        if described(old) != described(new):
             raise OptimizerError(
                 f"the optimizer, {optimizer.text}, changes the shapes, dtypes or structure of its "
                 f"{what}, which must stay the same from update to update"
@@ -412,8 +412,3 @@ def check(optimizer: AbstractOptimizer, params: PyTree) -> None:
             f"the optimizer, {optimizer.text}, cannot be given {', '.join(live)} while it trains: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-def _shapes(tree: PyTree) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]

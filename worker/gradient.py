@@ -14,7 +14,7 @@ import numpy as np
 
 from headwater.worker.data import Batch
 from headwater.worker.task import Task, TaskError
-from headwater.worker.tree import PyTree
+from headwater.worker.tree import PyTree, described
 
 Step = tuple[Batch, int, int]
 """A batch, its epoch, and its number in the epoch."""
@@ -50,7 +50,7 @@ class AbstractGradientFunction(abc.ABC):
           TaskError: The loss is not a scalar, or its metrics are not a dict of
             scalars. What the user's own code raises goes through.
         """
-        shapes = _shapes(batch)
+        shapes = described(batch)
         if shapes in self._compiled:
             return 0.0
         began = time.perf_counter()
@@ -77,7 +77,7 @@ class AbstractGradientFunction(abc.ABC):
         """What `_compiled_for` gives for batches of this one's shapes."""
 
     def _compiled_for(self, batch: Batch) -> Any:
-        shapes = _shapes(batch)
+        shapes = described(batch)
         if shapes not in self._compiled:
             self.compile(batch)
         return self._compiled[shapes]
@@ -173,8 +173,3 @@ def _describe(value: Any) -> str:
 
 def _conjugate(gradient: jax.Array) -> jax.Array:
     return gradient.conj() if jnp.iscomplexobj(gradient) else gradient
-
-
-def _shapes(batch: Batch) -> Any:
-    leaves, treedef = jax.tree.flatten(batch)
-    return treedef, tuple((np.shape(x), np.result_type(x)) for x in leaves)

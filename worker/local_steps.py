@@ -25,7 +25,7 @@ from headwater.worker.data import Batch
 from headwater.worker.gradient import AbstractGradientFunction, Gradient, Step, parameter_shapes
 from headwater.worker.optimizer_spec import transformation
 from headwater.worker.task import Task, TaskError
-from headwater.worker.tree import PyTree
+from headwater.worker.tree import PyTree, described
 
 # By name, since optax keeps some of the classes to itself. Not Adam's count: it
 # corrects the bias of moments that do start afresh.
@@ -136,7 +136,7 @@ class LocalSteps(AbstractGradientFunction):
                 f"its loss alone: {type(error).__name__}: {error}"
             ) from error
         for what, old, new in zip(("parameters", "state"), before, after, strict=True):
-            if _described(old) != _described(new):
+            if described(old) != described(new):
                 raise TaskError(
                     f"the inner optimizer, {self._text}, changes the shapes, dtypes or structure "
                     f"of its {what}, which must stay the same from step to step"
@@ -180,8 +180,3 @@ def _means(
 
 def _example_count(batch: Batch) -> int:
     return int(np.shape(jax.tree.leaves(batch)[0])[0])
-
-
-def _described(tree: PyTree) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]

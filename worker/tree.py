@@ -73,6 +73,14 @@ class ParameterTree:
         return self.restore([weights[name] for name in self.names])
 
 
+def described(tree: PyTree) -> Any:
+    """Structure, shapes and dtypes: equal where one compiled function serves both. Hashable."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple(
+        (np.shape(leaf), getattr(leaf, "dtype", None) or np.result_type(leaf)) for leaf in leaves
+    )
+
+
 def _name(path: tuple[Any, ...]) -> str:
     # Flax NNX ends the path of every variable in the attribute `value`.
     if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":

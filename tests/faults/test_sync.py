@@ -96,7 +96,8 @@ def train(
                 )
             else:
                 command.kill()
-                again = ("server", "--task", task, "--listen", address, *run)
+                # Continued without --consistency: the run knows how it was started.
+                again = ("server", "--task", task, "--listen", address, "--run-dir", "run", *words)
                 command = stack.enter_context(Command(*again, cwd=folder, **free))
         wait_for(lambda: status_of(address).get("state") == "finished", "the end", 120)
         with Client(address) as client:
@@ -117,20 +118,31 @@ def test_the_weights_do_not_depend_on_how_many_workers_there_are_or_who_dies(
     assert train(tmp_path / "three", 3, "--epochs", "1", kills=1, server_kills=1) == alone
 
 
-@pytest.mark.slow
-def test_the_weights_are_the_same_with_1_2_3_and_5_workers_and_under_fire(tmp_path: Path) -> None:
-    alone = train(tmp_path / "alone", 1, "--epochs", "4")
-
-    for count in (2, 3, 5):
-        assert train(tmp_path / str(count), count, "--epochs", "4") == alone
-    for seed in range(3):
-        under_fire = train(
-            tmp_path / f"fire-{seed}", 3, "--epochs", "4", kills=4, server_kills=2, seed=seed
-        )
-        assert under_fire == alone
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The hash of four epochs with one worker."""
+    return train(tmp_path_factory.mktemp("alone") / "run", 1, "--epochs", "4")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_the_weights_are_the_same_with_more_workers(
+    tmp_path: Path, alone: str, workers: int
+) -> None:
+    assert train(tmp_path / "more", workers, "--epochs", "4") == alone
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_weights_are_the_same_under_fire(tmp_path: Path, alone: str, seed: int) -> None:
+    under_fire = train(tmp_path / "fire", 3, "--epochs", "4", kills=4, server_kills=2, seed=seed)
+    assert under_fire == alone
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(len(CORES) < 2, reason="there is one core")
 @pytest.mark.parametrize("words", ["kind=wide batch_size=512", "kind=conv batch_size=128"])
 def test_workers_with_more_cores_compute_the_same_bits(tmp_path: Path, words: str) -> None:
