@@ -10,69 +10,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
-from headwater import ArrayData, Client, Server, Task
+from headwater import Client, Server
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
-from headwater.worker.tree import PyTree
 from kit import counting, processes
+from kit.line import ONES, LineRun, line
 from kit.protocol import BareWorker, hello_of
 from kit.waiting import wait_for
 
-ONES = np.ones(4, np.float32)
-
-
-def line(optimizer: Any = "sgd(1.0, momentum=0.5)", batches: int = 64) -> Task:
-    """Four weights at 0, moved by what is pushed."""
-
-    def loss(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
-        return params["w"].sum()
-
-    return Task(
-        init=lambda key: {"w": jnp.zeros(4)},
-        loss=loss,
-        data=ArrayData(x=np.arange(batches)),
-        optimizer=optimizer,
-        batch_size=1,
-        epochs=1,
-    )
-
-
-class Run:
-    """An embedded server of `line`, a client, and a worker that pushes ones."""
-
-    def __init__(self, stack: contextlib.ExitStack, task: Task, run_dir: Path, **options: Any):
-        self._stack = stack
-        self.hello = hello_of(task)
-        self.server = stack.enter_context(Server(task, run_dir=run_dir, **options))
-        self.client = stack.enter_context(Client(self.server.address))
-        self._worker: BareWorker | None = None
-
-    def worker(self, **overrides: Any) -> BareWorker:
-        worker = self._stack.enter_context(BareWorker(self.server.address, self.hello))
-        worker.join(**overrides)
-        return worker
-
-    def push(self) -> float:
-        """Push ones; how far the weights moved by it."""
-        if self._worker is None:
-            self._worker = self.worker()
-        before = self.client.pull()["w"][0]
-        self._worker.push(self._worker.ticket(), ONES.tobytes())
-        assert self._worker.outcome().code == pb.OUTCOME_APPLIED
-        return float(before - self.client.pull()["w"][0])
-
-    def value(self, name: str) -> str:
-        return self.client.settings()[name]["value"]
-
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., LineRun]]:
     with contextlib.ExitStack() as stack:
-        yield lambda optimizer="sgd(1.0)", **options: Run(
+        yield lambda optimizer="sgd(1.0)", **options: LineRun(
             stack, line(optimizer), tmp_path / "run", **options
         )
 
@@ -94,7 +47,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def test_what_can_be_set_is_listed_with_its_value_and_what_a_change_costs(
-    start: Callable[..., Run],
+    start: Callable[..., LineRun],
 ) -> None:
     run = start("sgd(cosine_decay_schedule(0.1, total_updates), momentum=0.9)")
     settings = run.client.settings()
@@ -108,7 +61,7 @@ def test_what_can_be_set_is_listed_with_its_value_and_what_a_change_costs(
 
 
 def test_a_learning_rate_holds_from_the_next_update_on_and_compiles_nothing(
-    start: Callable[..., Run],
+    start: Callable[..., LineRun],
 ) -> None:
     run = start("sgd(1.0)")
     assert run.push() == 1.0
@@ -129,7 +82,7 @@ def test_compilations_are_seen() -> None:
     assert compiled
 
 
-def test_another_number_is_compiled_once_before_it_holds(start: Callable[..., Run]) -> None:
+def test_another_number_is_compiled_once_before_it_holds(start: Callable[..., LineRun]) -> None:
     run = start("sgd(1.0, momentum=0.5)")
     run.push()
     with compilations() as compiled:
@@ -141,7 +94,7 @@ def test_another_number_is_compiled_once_before_it_holds(start: Callable[..., Ru
 
 
 def test_a_number_set_at_a_version_is_the_first_of_the_update_after_it(
-    start: Callable[..., Run],
+    start: Callable[..., LineRun],
 ) -> None:
     run = start("sgd(1.0)")
     run.client.set({"learning_rate": 0.5}, at_version=3)
@@ -156,7 +109,7 @@ def test_a_number_set_at_a_version_is_the_first_of_the_update_after_it(
     assert run.client.status()["optimizer_numbers"] == {"learning_rate": 0.125}
 
 
-def test_a_value_in_place_of_a_schedule(start: Callable[..., Run]) -> None:
+def test_a_value_in_place_of_a_schedule(start: Callable[..., LineRun]) -> None:
     run = start("sgd(linear_schedule(1.0, 0.0, total_updates))")
     assert run.push() == 1.0
     run.client.set({"learning_rate": 0.5})
@@ -165,7 +118,7 @@ def test_a_value_in_place_of_a_schedule(start: Callable[..., Run]) -> None:
 
 
 def test_a_closed_transformation_can_be_scaled_and_what_it_injected_be_set(
-    start: Callable[..., Run],
+    start: Callable[..., LineRun],
 ) -> None:
     run = start(optax.inject_hyperparams(optax.sgd)(learning_rate=1.0))
     assert run.push() == 1.0
@@ -194,7 +147,7 @@ def test_a_closed_transformation_can_be_scaled_and_what_it_injected_be_set(
     ],
 )
 def test_what_cannot_be_set_is_refused_whole(
-    start: Callable[..., Run], values: dict[str, str], at_version: int | None, text: str
+    start: Callable[..., LineRun], values: dict[str, str], at_version: int | None, text: str
 ) -> None:
     run = start("sgd(1.0, momentum=0.5)", max_staged_bytes=1 << 16)
     run.push()
@@ -205,7 +158,7 @@ def test_what_cannot_be_set_is_refused_whole(
     assert run.client.settings() == before
 
 
-def test_a_run_that_is_over_cannot_be_set(start: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_run_that_is_over_cannot_be_set(start: Callable[..., LineRun], tmp_path: Path) -> None:
     with (
         Server(line("sgd(1.0)", batches=1), run_dir=tmp_path / "short") as server,
         Client(server.address) as client,
@@ -218,7 +171,7 @@ def test_a_run_that_is_over_cannot_be_set(start: Callable[..., Run], tmp_path: P
             client.set({"learning_rate": 1})
 
 
-def test_to_sync_only_if_all_workers_compute_alike(start: Callable[..., Run]) -> None:
+def test_to_sync_only_if_all_workers_compute_alike(start: Callable[..., LineRun]) -> None:
     run = start()
     alike = [run.worker(compute={"threads": "1"}) for _ in range(2)]
     run.client.set({"consistency": "sync:2"})
@@ -240,7 +193,7 @@ def test_to_sync_only_if_all_workers_compute_alike(start: Callable[..., Run]) ->
 
 
 def test_a_gradient_that_waits_for_its_group_is_applied_alone_when_the_dial_turns(
-    start: Callable[..., Run],
+    start: Callable[..., LineRun],
 ) -> None:
     run = start("sgd(1.0)", consistency="sync:2")
     worker = run.worker(compute={"threads": "1"})
@@ -256,7 +209,7 @@ def test_a_gradient_that_waits_for_its_group_is_applied_alone_when_the_dial_turn
 
 
 def test_what_is_too_old_for_the_new_bound_is_told_so_and_computed_anew(
-    start: Callable[..., Run],
+    start: Callable[..., LineRun],
 ) -> None:
     run = start("sgd(1.0)")
     slow, fast = run.worker(), run.worker()
@@ -348,10 +301,10 @@ def test_every_batch_counts_once_while_the_dial_is_turned_and_a_worker_is_killed
 
 
 def test_an_update_that_would_not_be_finite_ends_the_run_at_the_version_before(
-    start: Callable[..., Run], tmp_path: Path
+    start: Callable[..., LineRun], tmp_path: Path
 ) -> None:
     with contextlib.ExitStack() as stack:
-        run = Run(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
         run.push()
         run.client.set({"learning_rate": 3e38})
         with BareWorker(run.server.address, run.hello) as worker:
@@ -361,7 +314,7 @@ def test_an_update_that_would_not_be_finite_ends_the_run_at_the_version_before(
     assert ended.reason == pb.BYE_FAILED
     assert "4 of the 4 numbers in w would not be finite any more" in ended.message
     with contextlib.ExitStack() as stack:
-        run = Run(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
         assert run.client.status()["version"] == 1
         run.client.set({"learning_rate": 1.0})
         assert run.push() == 1.0
