@@ -15,11 +15,13 @@ TASK = Path(counting.__file__)
 EPOCHS = 2
 
 
-@pytest.mark.parametrize("bound", [0, 1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "bound", [0, 1, *(pytest.param(bound, marks=pytest.mark.slow) for bound in (4, 16))]
+)
 def test_no_gradient_is_older_than_the_bound_and_each_counts_once(
     tmp_path: Path, bound: int
 ) -> None:
-    """With three workers, one of them slow for a while, and one that is killed."""
+    """With three workers, one of them ten times as slow for a while, and one that is killed."""
     slow = tmp_path / "slow"
     slow.touch()
     words = counting.options(
@@ -29,7 +31,7 @@ def test_no_gradient_is_older_than_the_bound_and_each_counts_once(
     with (
         server(TASK, *run, cwd=tmp_path) as (_, address),
         worker(TASK, address, *words, cwd=tmp_path),
-        worker(TASK, address, *words, cwd=tmp_path),
+        worker(TASK, address, *words, cwd=tmp_path, SLOWNESS="10"),
         worker(TASK, address, *words, cwd=tmp_path) as victim,
         Client(address) as client,
     ):

@@ -7,6 +7,7 @@ applied twice or lost shows in the one cell, whatever was killed in between.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def task(
       padding: float32 zeros added to the weights, to make pushes long.
       load_s: Seconds, on average, that the data of a batch take to load; drawn for each
         batch, between none and twice as many.
-      compute_s: Seconds that a gradient takes.
+      compute_s: Seconds that a gradient takes; times SLOWNESS of the process's environment.
       slow_while: A file: once it is gone, loading and computing take no time.
       begun: A file that grows by a byte with every gradient that is begun (with compute_s).
       faults: The control file of a FaultyDisk, for the process that loads this.
@@ -70,7 +71,7 @@ def task(
         if begun:
             with Path(begun).open("a") as file:
                 file.write(".")
-        pause(compute_s)
+        pause(compute_s * float(os.environ.get("SLOWNESS", "1")))
         return np.float32(0.0)
 
     def init(key):
