@@ -21,6 +21,9 @@ REASON_KEY = "headwater-reason"
 
 _Code = grpc.StatusCode
 
+_CANCELLED_HERE = ("Channel closed!", "Locally cancelled by application!")
+"""What grpc says of a call that this process itself gave up."""
+
 
 class Reason(enum.Enum):
     """Why a call was refused: the word on the wire, and the status it goes with."""
@@ -115,6 +118,15 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> HeadwaterError:
             f"no Headwater server answers at {address}; start one with `headwater server`, "
             "or name another address with --server HOST:PORT"
         )
+    details = error.details() or ""
+    if code is _Code.CANCELLED and any(text in details for text in _CANCELLED_HERE):
+        return HeadwaterError(f"the call was given up here: {details}")
+    if code is _Code.CANCELLED:
+        # So an ending server answers what it has not begun to serve, rather than
+        # UNAVAILABLE: https://github.com/grpc/grpc/issues/41785.
+        return Unreachable(
+            f"the server at {address} ended before it answered; try again when it is back"
+        )
     if code is _Code.UNIMPLEMENTED:
         return Unreachable(f"what answers at {address} is not a Headwater server of this version")
-    return HeadwaterError(f"the server at {address} failed ({code.name}): {error.details()}")
+    return HeadwaterError(f"the server at {address} failed ({code.name}): {details}")

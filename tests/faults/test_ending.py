@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from headwater import Server
 from headwater.client.client import Client
+from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
+from headwater.protos.errors import HeadwaterError, Unreachable, from_rpc_error
+from headwater.protos.reading import Reader
 from kit import counting
 from kit.lives import TASK, Lives, Witness, steady_workers
 from kit.processes import worker
@@ -159,6 +164,40 @@ def test_a_run_may_change_its_level_from_life_to_life(level, tmp_path):
             one.wait_bye()
         with Client(lives.address) as client:
             counting.assert_exactly_once(client)
+
+
+def test_a_server_that_ends_is_unreachable_to_all_who_are_asking(tmp_path):
+    """Whether their calls were being served, were waiting, or came too late."""
+
+    def ask_to_the_end(address: str) -> HeadwaterError:
+        with Client(address) as client:
+            while True:
+                try:
+                    client.status()
+                except HeadwaterError as error:
+                    return error
+
+    for life in range(3):  # grpc does not always have calls waiting when it shuts down
+        run_dir = tmp_path / f"run-{life}"
+        with (
+            ThreadPoolExecutor(8) as threads,
+            Server(counting.task(**SMALL), run_dir=run_dir) as server,
+        ):
+            ends = [threads.submit(ask_to_the_end, server.address) for _ in range(8)]
+            server.stop()
+            assert [type(end.result(30)) for end in ends] == [Unreachable] * 8
+
+
+def test_a_client_that_is_closed_while_it_asks_blames_no_server(tmp_path):
+    with Server(counting.task(**SMALL), run_dir=tmp_path / "run") as server:
+        reader = Reader(server.address)
+        call = reader.stub.Pull(pb.PullRequest(min_version=10, wait_s=30.0))
+        reader.close()
+        with pytest.raises(grpc.RpcError) as ended:
+            next(call)
+        error = from_rpc_error(ended.value, server.address)
+        assert type(error) is HeadwaterError
+        assert str(error).startswith("the call was given up here: ")
 
 
 def test_jumps_of_the_clock_mean_nothing(tmp_path):
