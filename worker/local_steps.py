@@ -23,7 +23,7 @@ import optax
 
 from headwater.worker.data import Batch
 from headwater.worker.gradient import AbstractGradientFunction, Gradient, Step, parameter_shapes
-from headwater.worker.optimizer_spec import transformation
+from headwater.worker.optimizer_spec import OPTION, transformation
 from headwater.worker.task import Task, TaskError
 from headwater.worker.tree import PyTree, described
 
@@ -47,6 +47,7 @@ class LocalSteps(AbstractGradientFunction):
       optimizer: The inner one; an expression or what `Task.optimizer` may be.
       epochs: Of the run.
       batches_per_epoch: Of the run.
+      option: What gave the optimizer if it is an expression, for errors.
 
     Raises:
       TaskError: The inner optimizer needs more than the loss, or would change a
@@ -55,11 +56,18 @@ class LocalSteps(AbstractGradientFunction):
     """
 
     def __init__(
-        self, task: Task, seed: int, *, optimizer: Any, epochs: int, batches_per_epoch: int
+        self,
+        task: Task,
+        seed: int,
+        *,
+        optimizer: Any,
+        epochs: int,
+        batches_per_epoch: int,
+        option: str = OPTION,
     ) -> None:
         super().__init__(task, seed)
         self._per_epoch = batches_per_epoch
-        made, self._text = transformation(optimizer, epochs * batches_per_epoch)
+        made, self._text = transformation(optimizer, epochs * batches_per_epoch, option=option)
         self._inner = optax.with_extra_args_support(made)
         self._shapes = self._check(parameter_shapes(task))
         # Weights and inner state of one step are of no use after the next.

@@ -30,6 +30,7 @@ from headwater.worker.link import SILENCE_S, Disconnected, Link, Patience, refus
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
 from headwater.worker.local_steps import LocalSteps
+from headwater.worker.optimizer_spec import INNER_OPTION, OPTION
 from headwater.worker.task import batch_sizes
 
 log = logging.getLogger("headwater.worker")
@@ -215,6 +216,7 @@ class Worker:
             optimizer=welcome.inner_optimizer or self._task.optimizer,
             epochs=welcome.epochs,
             batches_per_epoch=welcome.batches_per_epoch,
+            option=INNER_OPTION if welcome.inner_optimizer else OPTION,
         )
 
     def _outcome(self, outcome: pb.Outcome) -> None:

@@ -28,6 +28,9 @@ from headwater.protos.errors import UsageError
 from headwater.worker.delayed_nesterov import delayed_nesterov
 from headwater.worker.user_code import guard_user_code
 
+OPTION, INNER_OPTION = "--optimizer", "--inner-optimizer"
+"""What a SPEC was given by, for errors."""
+
 TOTAL_UPDATES = "total_updates"
 LIVE = "live"
 LEARNING_RATE = "learning_rate"
@@ -53,11 +56,16 @@ class OptimizerError(UsageError):
 class SpecError(UsageError):
     """The SPEC cannot be read; the message shows it, with a caret under the place."""
 
-    def __init__(self, spec: str, column: int, what: str) -> None:
+    def __init__(self, spec: str, column: int, what: str, option: str = OPTION) -> None:
         super().__init__(
-            f"--optimizer, character {column + 1}: {what}\n    {spec}\n    {' ' * column}^"
+            f"{option}, character {column + 1}: {what}\n    {spec}\n    {' ' * column}^"
         )
         self.what = what
+        self._spec, self._column = spec, column
+
+    def of(self, option: str) -> SpecError:
+        """The same of a SPEC that another option gave."""
+        return SpecError(self._spec, self._column, self.what, option)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +125,7 @@ class Expression:
 
 
 def transformation(
-    optimizer: Any, total_updates: int, what: str = "Task.optimizer"
+    optimizer: Any, total_updates: int, what: str = "Task.optimizer", option: str = OPTION
 ) -> tuple[optax.GradientTransformation, str]:
     """The optax object that a task or a SPEC names, and its text for people.
 
@@ -126,6 +134,7 @@ def transformation(
         updates that returns one.
       total_updates: Of the whole run.
       what: Where the optimizer was given, for errors.
+      option: What gave it if it is a SPEC, for errors.
 
     Raises:
       OptimizerError: It is none of these.
@@ -133,7 +142,10 @@ def transformation(
       UserCodeError: The function raised.
     """
     if isinstance(optimizer, str):
-        return parse(optimizer, total_updates), optimizer
+        try:
+            return parse(optimizer, total_updates), optimizer
+        except SpecError as error:
+            raise error.of(option) from None
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer, "the task's own optimizer"
     if not callable(optimizer):

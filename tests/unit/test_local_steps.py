@@ -21,6 +21,7 @@ from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask
 from headwater.worker.local_steps import LocalSteps
 from headwater.worker.loop import Worker
+from headwater.worker.optimizer_spec import SpecError
 from headwater.worker.task import TaskError
 
 SEED = 11
@@ -398,6 +399,12 @@ def test_a_worker_pushes_the_way_over_its_tickets_batches(expression: str, inner
     assert push.compute_s > 0.0
     assert push.load_s > 0.0
     assert life._steps - before >= 3 + 3  # batches loaded, and steps taken
+
+
+def test_a_worker_names_the_option_that_gave_an_inner_optimizer_it_cannot_read() -> None:
+    message = "--inner-optimizer, character 1: 'adm' is not a function of optax; did you mean adam?"
+    with pytest.raises(SpecError, match=rf"^{re.escape(message)}"):
+        worker(local_steps=3, inner_optimizer="adm(0.1)")
 
 
 @pytest.mark.parametrize("local_steps", [0, 1])

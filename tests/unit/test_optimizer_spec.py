@@ -341,6 +341,17 @@ def test_what_cannot_be_read_is_pointed_at(spec: str, caret: str, message: str) 
     assert first.startswith(f"--optimizer, character {len(caret)}: {message}")
 
 
+def test_the_option_that_gave_it_is_named() -> None:
+    with pytest.raises(SpecError) as error:
+        transformation("sgd(0.1, momentum=x)", 10, option="--inner-optimizer")
+
+    assert str(error.value) == (
+        "--inner-optimizer, character 19: 'x' is not a function of optax\n"
+        "    sgd(0.1, momentum=x)\n"
+        "                      ^"
+    )
+
+
 def test_lines_and_spaces_are_shown_as_one_space_each() -> None:
     assert str(refusal(" adam(1e-3,\n\n    b1 = 1/0)")) == (
         "--optimizer, character 17: division by zero\n"
