@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 
 from headwater import __version__
@@ -134,10 +134,11 @@ def workers(server: ServerAddress = DEFAULT_ADDRESS, as_json: AsJson = False) ->
     if as_json:
         _print_json(found)
     elif found:
-        Console().print(show.workers_table(found))
+        Console().print(show.workers_table(found), soft_wrap=True)
     else:
         print(
-            f"no worker is connected; start one with: headwater worker --task … --server {server}"
+            "no worker is connected; start one with: "
+            f"headwater worker --task TASK --server {server}"
         )
 
 
@@ -159,8 +160,7 @@ def watch(
         elif console.is_terminal and not console.is_dumb_terminal:
             with Live(console=console, auto_refresh=False) as live:
                 for found in looks:
-                    table = show.workers_table(found["workers"])
-                    live.update(Group(show.status_screen(found), "", table), refresh=True)
+                    live.update(show.watch_screen(found), refresh=True)
         else:
             for found in looks:
                 print(show.one_line(found), flush=True)

@@ -196,7 +196,8 @@ def test_status_shows_the_run_on_one_screen(training: Training) -> None:
         r"training    loss \S+  error \S+",
         r"(evaluation  bias \S+ \(version [\d,]+\))?",  # when another test evaluated before
         r"speed       [\d,.]+ updates/s, [\d,]+ examples/s",
-        r"staleness   mean \d\.\d\d, p50 \d, p99 \d, max \d",
+        r"staleness   mean \d\.\d\d, p50 \d, p99 \d, max \d(  0 .+ \d\+?)?",
+        r"push time   ░ wait [\d.]+  ▒ load [\d.]+  █ compute [\d.]+  ▓ wire [\d.]+ ms  [░▒█▓]+",
         r"rejected    .+",
         r"workers     1: 1 \w+",
         r"optimizer   the task's own optimizer, async",
@@ -276,9 +277,13 @@ def test_workers_names_who_is_connected(training: Training) -> None:
     heading, ada = training.ok("workers").splitlines()
     assert heading.split() == [
         *("ID", "NAME", "HOST", "PLATFORM", "STATE"),
-        *("GRADIENTS", "EXAMPLES/S", "STALENESS", "COMPUTE"),
+        *("GRADIENTS", "EXAMPLES/S", "STALENESS", "P50", "P99", "MAX"),
+        *("PUSH", "TIME", "WAIT", "LOAD", "COMPUTE", "WIRE"),
     ]
-    pattern = r"1 +ada +\S+ +\w+ x\d +\w+ +[\d,]+ +[\d,]+ +\d\.\d\d +[\d,.]+ ms"
+    pattern = (
+        r"1 +ada +\S+ +\w+ x\d +\w+ +[\d,]+ +[\d,]+ +\d\.\d\d +\d +\d +\d +"
+        r"[░▒█▓]+ +[\d,.]+ ms( +[\d,.]+ ms){4}"
+    )
     assert_matches(pattern, ada.rstrip())
 
 
@@ -743,7 +748,7 @@ def test_sigterm_ends_a_server_that_waits_for_workers_in_order(tmp_path: Path) -
     with processes.server("paced.py", cwd=tmp_path) as (server, address):
         assert status_of(address)["state"] == "waiting"
         nobody = run("workers", "--server", address, cwd=tmp_path)
-        hint = f"headwater worker --task … --server {address}"
+        hint = f"headwater worker --task TASK --server {address}"
         assert nobody.output == f"no worker is connected; start one with: {hint}\n"
         server.send(signal.SIGTERM)
         assert server.wait(10) == 0, server.errors

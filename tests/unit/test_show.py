@@ -7,11 +7,15 @@ import textwrap
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from headwater.client import show
 from headwater.client.status import as_dict
 from headwater.protos import parameter_server_pb2 as pb
+
+COUNTS = {0: 30, 1: 60, 2: 9, 3: 1}
+TIMES = pb.Times(wait_s=0.0012, load_s=0.0001, compute_s=0.0123, wire_s=0.0045)
 
 
 def worker(**fields: Any) -> pb.WorkerStatus:
@@ -27,6 +31,8 @@ def worker(**fields: Any) -> pb.WorkerStatus:
         "staleness_mean": 0.905,
         "pid": 77,
         "compute_s": 0.0123,
+        "staleness": pb.Staleness(mean=0.905, p50=1, p99=2, max=3, histogram=COUNTS),
+        "times": TIMES,
     }
     return pb.WorkerStatus(**defaults | fields)
 
@@ -47,7 +53,8 @@ def reply(**fields: Any) -> pb.StatusReply:
         "training_metrics": {"accuracy": 0.9131},
         "updates_per_second": 1240.26,
         "examples_per_second": 39688.4,
-        "staleness": pb.Staleness(mean=0.904, p50=1, p99=2, max=3),
+        "staleness": pb.Staleness(mean=0.904, p50=1, p99=2, max=3, histogram=COUNTS),
+        "times": TIMES,
         "rejected": pb.Rejected(stale=1, lease_lost=2000),
         "parameters": 50890,
         "bytes_in": 2_865_000_000,
@@ -80,15 +87,32 @@ def fresh() -> pb.StatusReply:
     )
 
 
-def lines(what: RenderableType, **options: Any) -> list[str]:
+class Ascii(io.StringIO):
+    """A terminal that has no more than ASCII."""
+
+    encoding = "ascii"
+
+
+def lines(what: RenderableType, file: io.StringIO | None = None, **options: Any) -> list[str]:
     """What a terminal of 80 columns shows, without the spaces at the ends of lines."""
-    file = io.StringIO()
-    Console(width=80, file=file, **options).print(what)
+    file = file or io.StringIO()
+    defaults = {"width": 80, "height": 40, "force_terminal": True, "color_system": None}
+    Console(file=file, **defaults | options).print(what, soft_wrap=True)
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
-def screen(message: pb.StatusReply) -> list[str]:
-    return lines(show.status_screen(as_dict(message)))
+def screen(message: pb.StatusReply, **options: Any) -> list[str]:
+    return lines(show.status_screen(as_dict(message)), **options)
+
+
+def table(message: pb.StatusReply, **options: Any) -> list[str]:
+    return lines(show.workers_table(as_dict(message)["workers"]), **options)
+
+
+def wide(top: int = 300) -> pb.Staleness:
+    """As many updates of each staleness."""
+    counts = dict.fromkeys(range(top + 1), 7)
+    return pb.Staleness(mean=top / 2, p50=top // 2, p99=top - 3, max=top, histogram=counts)
 
 
 def row(message: pb.StatusReply, name: str) -> str:
@@ -108,7 +132,8 @@ def test_a_run_in_training_fills_one_screen() -> None:
         training    loss 0.3125  accuracy 0.9131
         evaluation  accuracy 0.961  loss 0.25 (version 13,000)
         speed       1,240.3 updates/s, 39,688 examples/s
-        staleness   mean 0.90, p50 1, p99 2, max 3
+        staleness   mean 0.90, p50 1, p99 2, max 3  0 ▄▇▂▁ 3
+        push time   ░ wait 1.2  ▒ load 0.1  █ compute 12.3  ▓ wire 4.5 ms  ░█████████▓▓▓
         rejected    1 stale, 2,000 lease_lost
         workers     3: 2 computing, 1 waiting
         optimizer   adam(1e-3), bounded:3
@@ -175,33 +200,177 @@ def test_a_loss_of_zero_is_shown() -> None:
 def test_on_a_terminal_the_state_has_a_colour(state: Any, code: str) -> None:
     screen = show.status_screen(as_dict(reply(state=state)))
 
-    shown = lines(screen, force_terminal=True, color_system="standard", no_color=False)
+    shown = lines(screen, color_system="standard", no_color=False)
 
     assert f"\x1b[{code}m" in shown[1]
     assert "\x1b" not in "".join(lines(screen))
 
 
+def test_staleness_that_is_always_0_has_no_bars() -> None:
+    stale = pb.Staleness(histogram={0: 1000})
+    assert row(reply(staleness=stale), "staleness") == "mean 0.00, p50 0, p99 0, max 0"
+
+
+def test_a_wide_range_of_staleness_has_its_bars_on_a_line_of_their_own() -> None:
+    shown = screen(reply(staleness=wide()))
+
+    at = shown.index("staleness   mean 150.00, p50 150, p99 297, max 300")
+    assert shown[at + 1] == "            0 ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇ 298+ (10 a bar)"
+    assert shown[at + 2].startswith("push time")
+
+
+def test_a_wide_terminal_shows_more_bars_beside_their_figures() -> None:
+    shown = screen(reply(staleness=wide(30)), width=120)
+    assert f"staleness   mean 15.00, p50 15, p99 27, max 30  0 {'▃' * 28}▇ 28+" in shown
+
+
+def test_what_is_beyond_the_99th_percentile_shares_one_bar() -> None:
+    counts = {0: 500, 1: 490, 2: 6, 5000: 4}
+    stale = pb.Staleness(mean=20.5, p50=0, p99=1, max=5000, histogram=counts)
+    assert row(reply(staleness=stale), "staleness") == (
+        "mean 20.50, p50 0, p99 1, max 5000  0 ▇▇▁ 2+"
+    )
+
+
+def test_long_times_are_in_seconds() -> None:
+    times = pb.Times(wait_s=65.23, load_s=0.04, compute_s=1234.5, wire_s=2)
+    assert row(reply(times=times), "push time") == (
+        "░ wait 65.2  ▒ load 0.0  █ compute 1,234  ▓ wire 2.0 s  ░███████████"
+    )
+
+
+def test_a_narrow_terminal_has_the_bar_of_times_below_its_legend() -> None:
+    shown = screen(reply(), width=66)
+
+    at = shown.index("push time   ░ wait 1.2  ▒ load 0.1  █ compute 12.3  ▓ wire 4.5 ms")
+    assert shown[at + 1] == f"            {'░' * 3}{'█' * 27}{'▓' * 10}"
+
+
+def test_the_consistency_is_told_where_it_is_not_the_default() -> None:
+    def told(**fields: Any) -> str:
+        return row(reply(optimizer="sgd(0.7)", consistency="async", **fields), "optimizer")
+
+    assert told(staleness_policy="none", local_steps=1) == "sgd(0.7), async"
+    assert told(staleness_policy="drop:4") == "sgd(0.7), async, staleness drop:4"
+    assert told(local_steps=8) == "sgd(0.7), async, 8 local steps of the task's optimizer"
+    assert told(local_steps=8, inner_optimizer="adam(1)").endswith("8 local steps of adam(1)")
+
+
+def test_where_the_encoding_has_no_blocks_the_charts_are_ascii() -> None:
+    message = reply(staleness=wide(12), workers=[worker(name="zoë", staleness=wide(12))])
+    watched = lines(show.watch_screen(as_dict(message)), Ascii())
+
+    assert "  0 ----------# 10+" in "".join(watched)
+    assert "push time   . wait 1.2  - load 0.1  # compute 12.3  = wire 4.5 ms  " in watched[10]
+    assert watched[10].endswith("  .#########===")
+    assert watched[-1].split()[1] == "zo?"
+    assert "".join(watched).isascii()
+
+
+def test_no_peer_steers_the_terminal() -> None:
+    evil = "\x1b[2J\x9b31m\u202ename\n"
+    names = reply(
+        workers=[worker(name=evil, host=evil)], run_dir=evil, problems=[evil], optimizer=evil
+    )
+    watched = lines(show.watch_screen(as_dict(names)), width=200)
+
+    assert all(line.isprintable() for line in watched)
+    assert "?[2J?31m?name" in watched[-1]
+
+
+def test_where_there_is_no_terminal_every_row_is_one_line() -> None:
+    path = "runs/" + "deep/" * 40
+    message = reply(run_dir=path, staleness=wide(), optimizer="chain(" + "sgd(0.1), " * 20 + ")")
+    shown = screen(message, force_terminal=False)
+
+    assert [line.split()[0] for line in shown] == [line.split()[0] for line in screen(reply())]
+    assert shown[-1] == f"directory   {path}"
+    assert "298+" in shown[9]
+
+
+def test_on_a_terminal_a_long_path_is_shown_whole() -> None:
+    path = "/home/" + "deep/" * 40 + "end"
+    shown = screen(reply(run_dir=path))
+    assert "".join(line[12:] for line in shown[-4:]) == path
+
+
 def test_workers_are_a_table_one_row_each() -> None:
+    fast = pb.Times(compute_s=0.5)
+    idle = pb.Staleness(histogram={0: 7})
     workers = [
         worker(),
         worker(
-            id=12,
-            name="big",
-            platform="gpu",
-            devices=8,
-            state="waiting",
-            gradients=7,
-            examples_per_second=0,
-            staleness_mean=0,
-            compute_s=0.5,
+            id=12, name="worker-12", platform="gpu", devices=8, state="waiting", gradients=7,
+            examples_per_second=0, staleness_mean=0, staleness=idle, times=fast,
         ),
+        worker(
+            id=13, name="new", state="compiling", gradients=0, examples_per_second=0,
+            staleness_mean=0, staleness=None, times=None,
+        ),
+    ]  # fmt: skip
+
+    assert table(reply(workers=workers)) == [
+        "ID  NAME       STATE      GRADIENTS  EXAMPLES/S  STALENESS 0-3  PUSH TIME",
+        "1   w1         computing     12,345       1,234  0.91 ▄▇▂▁      ████▓▓ 18.1 ms",
+        "12  worker-12  waiting            7           0  0.00 ▇         ██████  500 ms",
+        "13  new        compiling          0           0     -           -",
     ]
 
-    assert lines(show.workers_table(as_dict(reply(workers=workers))["workers"])) == [
-        "ID  NAME  HOST  PLATFORM  STATE      GRADIENTS  EXAMPLES/S  STALENESS   COMPUTE",
-        "1   w1    nova  cpu x1    computing     12,345       1,234       0.91   12.3 ms",
-        "12  big   nova  gpu x8    waiting            7           0       0.00  500.0 ms",
+
+def test_a_wider_terminal_has_more_of_the_workers() -> None:
+    def headings(width: int, **options: Any) -> list[str]:
+        heading, _ = table(reply(workers=[worker(name="worker-1")]), width=width, **options)
+        return heading.replace(" 0-3", "").replace("PUSH TIME", "TIME").split()
+
+    usual = ["ID", "NAME", "STATE", "GRADIENTS", "EXAMPLES/S", "STALENESS", "TIME"]
+    times = ["WAIT", "LOAD", "COMPUTE", "WIRE"]
+    all_there_are = [
+        *("ID", "NAME", "HOST", "PLATFORM", "STATE", "GRADIENTS", "EXAMPLES/S"),
+        *("STALENESS", "P50", "P99", "MAX", "TIME", *times),
     ]
+    assert headings(80) == usual
+    assert headings(120) == ["ID", "NAME", "HOST", *usual[2:], *times]
+    assert headings(160) == all_there_are
+    assert headings(80, force_terminal=False) == all_there_are
+    assert headings(40) == ["ID", "NAME", "STATE", "STALENESS"]
+
+
+@pytest.mark.parametrize("width", [30, 48, 60, 66, 80, 100, 120, 140])
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_no_row_of_the_workers_is_broken_in_two(count: int, width: int) -> None:
+    workers = [
+        worker(id=n, name=f"the long name 東京 of worker {n}", staleness=wide())
+        for n in range(1, count + 1)
+    ]
+    shown = table(reply(workers=workers), width=width)
+
+    assert len(shown) == 1 + count
+    assert all(cell_len(line) <= width for line in shown)
+
+
+def test_a_name_is_cropped_where_it_would_cost_figures() -> None:
+    (_, shown) = table(reply(workers=[worker(name="a-name-of-many-characters")]))
+    assert shown.startswith("1   a-name-of-…  computing")
+
+
+@pytest.mark.parametrize(("rows", "shown_count"), [(40, 12), (31, 12), (24, 8), (20, 4)])
+def test_watch_never_fills_more_than_the_terminal(rows: int, shown_count: int) -> None:
+    message = reply(workers=[worker(id=n, name=f"w{n}") for n in range(1, 13)])
+    watched = lines(show.watch_screen(as_dict(message)), height=rows)
+
+    assert len(watched) < rows
+    heading = next(n for n, line in enumerate(watched) if line.startswith("ID"))
+    below = watched[heading + 1 :]
+    assert [line.split()[1] for line in below[:shown_count]] == [
+        f"w{n}" for n in range(1, shown_count + 1)
+    ]
+    more = [f"and {12 - shown_count} more: headwater workers"] if shown_count < 12 else []
+    assert below[shown_count:] == more
+    assert ("directory" in "".join(watched)) == (rows > 30)
+
+
+def test_watch_without_workers_is_the_status() -> None:
+    assert lines(show.watch_screen(as_dict(fresh()))) == screen(fresh())
 
 
 def test_a_run_is_one_line_in_a_log() -> None:
@@ -264,7 +433,7 @@ def test_an_optimizer_with_lists_is_shown_as_it_was_written() -> None:
 @pytest.mark.parametrize("name", ["a[/b]c", "a[red]c"])
 def test_a_name_with_brackets_is_shown_as_it_is(name: str) -> None:
     assert row(reply(run_dir=f"runs/{name}"), "directory") == f"runs/{name}"
-    (_, shown) = lines(show.workers_table(as_dict(reply(workers=[worker(name=name)]))["workers"]))
+    (_, shown) = table(reply(workers=[worker(name=name)]))
     assert name in shown
 
 
