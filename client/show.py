@@ -105,7 +105,8 @@ def _status_rows(status: Status, options: ConsoleOptions) -> Iterable[tuple[str,
     refused = ", ".join(f"{count:,} {why}" for why, count in status["rejected"].items() if count)
     yield "rejected", refused or "none"
     yield "workers", workers_line(status["workers"])
-    yield "optimizer", f"{status['optimizer']}, {_consistency(status)}"
+    were_set = [f"{name}={value:g}" for name, value in status["optimizer_numbers"].items()]
+    yield "optimizer", ", ".join([status["optimizer"], *were_set, _consistency(status)])
     yield (
         "parameters",
         f"{status['parameters']:,}; {size(status['bytes_in'])} in, {size(status['bytes_out'])} out",
@@ -206,7 +207,7 @@ def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
         ]
         if setting["compiles"]:
             notes.append("to change it compiles the update anew")
-        grid.add_row(name, setting["value"], "; ".join(notes))
+        grid.add_row(*map(Text, (name, setting["value"], "; ".join(notes))))
     return grid
 
 

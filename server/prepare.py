@@ -35,6 +35,8 @@ from headwater.server.store import NotFinite, Published, Store, initial
 from headwater.server.update_log import LogBroken, NoRoom, Recovery, UpdateLog
 from headwater.worker.compute import fingerprint
 from headwater.worker.load import LoadedTask
+from headwater.worker.local_steps import LocalSteps
+from headwater.worker.optimizer_spec import INNER_OPTION, OPTION
 from headwater.worker.task import Task, TaskError
 from headwater.worker.user_code import guard_user_code
 
@@ -130,6 +132,8 @@ def _prepare(
     updates = rounds.updates(Dial.parse(config.consistency or "async"))
     optimizer = resolve(_chosen_optimizer(config, task), updates)
     check(optimizer, jax.eval_shape(task.init, jax.random.key(order.seed)))
+    if rounds.steps > 1:
+        _check_inner_optimizer(task, order, config.inner_optimizer)
     first = None
     if run_dir is None:
         first = _initial(loaded, optimizer, order.seed, _settings(Settings(), config))
@@ -186,6 +190,18 @@ def _chosen_optimizer(config: ServerConfig, task: Task) -> Any:
     if config.optimizer:
         return config.optimizer
     return OUTER_OPTIMIZER if (config.local_steps or 1) > 1 else task.optimizer
+
+
+def _check_inner_optimizer(task: Task, order: BatchOrder, inner_optimizer: str | None) -> None:
+    """Find here, where it was typed, what every worker would find."""
+    LocalSteps(
+        task,
+        order.seed,
+        optimizer=inner_optimizer or task.optimizer,
+        epochs=order.epochs,
+        batches_per_epoch=order.per_epoch,
+        option=INNER_OPTION if inner_optimizer else OPTION,
+    )
 
 
 def _settings(before: Settings, given: ServerConfig) -> Settings:

@@ -36,6 +36,7 @@ _TASK_API = tuple(
         "optimizer_spec",
         "compute",
         "delayed_nesterov",
+        "local_steps",  # checked when the server starts, for its workers
     )
 )
 

@@ -115,3 +115,13 @@ def test_a_log_without_its_run_is_not_overwritten(tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match=r"no run\.json: it cannot be continued"):
         prepared(tmp_path)
+
+
+def test_an_inner_optimizer_that_no_worker_could_use_is_found_when_the_server_starts(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError, match=r"--inner-optimizer.*adem"):
+        prepared(tmp_path / "run", local_steps=4, inner_optimizer="adem(0.1)")
+    with pytest.raises(UsageError, match="cannot make a local step from a gradient and its loss"):
+        prepared(tmp_path / "run", local_steps=4, inner_optimizer="lbfgs()")
+    assert not (tmp_path / "run").exists()

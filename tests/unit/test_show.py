@@ -253,6 +253,9 @@ def test_the_consistency_is_told_where_it_is_not_the_default() -> None:
     assert told(staleness_policy="none", local_steps=1) == "sgd(0.7), async"
     assert told(staleness_policy="drop:4") == "sgd(0.7), async, staleness drop:4"
     assert told(local_steps=8) == "sgd(0.7), async, 8 local steps of the task's optimizer"
+    assert (
+        told(optimizer_numbers={"learning_rate": 3e-4}) == "sgd(0.7), learning_rate=0.0003, async"
+    )
     assert told(local_steps=8, inner_optimizer="adam(1)").endswith("8 local steps of adam(1)")
 
 
