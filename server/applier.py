@@ -21,7 +21,7 @@ from headwater.protos.crc import crc32c
 from headwater.protos.layout import Bytes
 from headwater.server import failpoints
 from headwater.server.admission import Ticket
-from headwater.server.history import History, Line
+from headwater.server.history import PLAIN, History, Line
 from headwater.server.journal import Journal, weights_crc
 from headwater.server.settings import Settings
 from headwater.server.store import Contribution, NotFinite, Published, Store
@@ -88,6 +88,7 @@ class Applier:
         self._history = history
         # Of large weights the checksum would take longer than the update.
         self._crc_every = 1 + store.layout.total_bytes // CRC_BYTES
+        self._noted_workers: set[str] = set()
         self._updates = 0
         self._updates_s = 0.0
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -142,8 +143,10 @@ class Applier:
     def _update(self, contributions: tuple[Contribution, ...]) -> Published:
         store, journal = self._store, self._journal
         step = store.step(contributions)
-        gradients = [[c.position, c.base, c.worker, crc32c(c.gradient.data)] for c in contributions]
+        compensates = store.current.settings.staleness.compensate is not None
+        gradients = [_noted(c, compensates) for c in contributions]
         if journal is not None:
+            self._note_workers(contributions)
             journal.update(store.current, gradients, step)
         failpoints.reach("before-apply")
         began = time.monotonic()
@@ -161,3 +164,17 @@ class Applier:
     def _record(self, line: Line) -> None:
         if self._history is not None:
             self._history.append(line)
+
+    def _note_workers(self, contributions: tuple[Contribution, ...]) -> None:
+        """Have on disk who computed these: their updates survive in the journal, which lacks it."""
+        new = {c.worker for c in contributions} - self._noted_workers
+        if new and self._history is not None:
+            self._history.sync()
+            self._noted_workers |= new
+
+
+def _noted(contribution: Contribution, compensates: bool) -> list[Any]:
+    """A gradient as the history has it."""
+    c = contribution
+    noted: list[Any] = [c.position, c.base, c.worker, crc32c(c.gradient.data)]
+    return [*noted, PLAIN] if compensates and c.base_leaves is None else noted

@@ -2,8 +2,8 @@
 
 history.jsonl, a JSON object a line. Each has `v`, the version after it:
 
-    {"v": 0, "run": {...}}                     what the run is; the hash of its first weights
-    {"v": 7, "incarnation": 2, "compute": {}}  a server began to serve
+    {"v": 7, "incarnation": 2, "compute": {}, ...}  a server began to serve: the optimizer and
+                                               settings it has, the CRC32C of the weights
     {"v": 7, "worker": "2.1", "compute": {}}   a worker that the lines after it name
     {"v": 8, "u": [[3, 6, "2.1", 123]], "w": 456}   an update: of each of its gradients the
                                                round, the base, the worker, and the CRC32C
@@ -12,12 +12,15 @@ history.jsonl, a JSON object a line. Each has `v`, the version after it:
     {"v": 8, "set": {...}}                     the settings from here on
     {"v": 9, "gap": 3}                         what came since version 3 was not written
 
-What each batch consists of follows from the run's seed. Lines are written behind
-the updates, and are on disk before the snapshot of their version is.
+A gradient has "plain" as its fifth where --staleness compensates and this one was
+not, because the weights of its base were not kept when the policy was set. What
+each batch consists of follows from the run's seed. Lines are written behind the
+updates, and are on disk before the snapshot of their version is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -28,6 +31,7 @@ from typing import Any
 
 from headwater.protos import files
 from headwater.server.ranges import Ranges
+from headwater.server.settings import Settings
 
 log = logging.getLogger("headwater.server")
 
@@ -39,6 +43,9 @@ FLUSH_BYTES = 1 << 16
 MAX_PENDING_BYTES = 64 << 20
 """Kept while the disk is full; what is more is given up."""
 
+PLAIN = "plain"
+"""Of a gradient that was not compensated where others are."""
+
 Line = Mapping[str, Any]
 
 
@@ -49,15 +56,18 @@ class History:
       folder: The run directory; this process holds its lock.
       version: That the run is at; lines of later ones are cut off.
       applied: What that version is made of.
+      settings: That it has; what was set later, at the same version, is cut off too.
 
     Raises:
       OSError: The disk is full or broken.
     """
 
-    def __init__(self, folder: Path, version: int, applied: Ranges) -> None:
+    def __init__(self, folder: Path, version: int, applied: Ranges, settings: Settings) -> None:
         path = folder / NAME
-        self._size, self.version, self._last = _surviving(path, version, applied)
+        survives = _Survivor(version, applied, settings)
+        self._size, self.version, self._last = _surviving(path, survives)
         """`version` is that of the last line; -1 where there is none."""
+        self._restored_version = version
         self._file = files.DISK.reopen(path, 0) if path.exists() else files.DISK.create(path)
         files.DISK.truncate(self._file, self._size)
         self._pending = bytearray()
@@ -67,15 +77,24 @@ class History:
         """Why lines could not be written, until they were."""
 
     def go_on(self, lines: Iterable[Line]) -> None:
-        """Add what a crash has cost the file of these, which the update log has kept."""
+        """Add what a crash has cost the file of these, which the update log has kept.
+
+        What even then is missing of the way to the run's version is said to be.
+        """
         began = self.version
         for line in lines:
-            if line["v"] > began or ("u" not in line and line not in self._last):
+            lost = "u" not in line and line not in self._last
+            if line["v"] > began or (line["v"] == began and lost):
+                self._mark_gap(line["v"] - ("u" in line))
                 self.append(line)
+        self._mark_gap(self._restored_version)
 
     def append(self, line: Line) -> None:
         """Add a line; it is written soon."""
         with self._lock:
+            # Who joins is noted by the event loop, which learns of a version after the applier.
+            if line["v"] < self.version:
+                line = {**line, "v": self.version}
             if self._lost_since is None:
                 if len(self._pending) > MAX_PENDING_BYTES:
                     self._lost_since = self.version
@@ -105,6 +124,11 @@ class History:
         self.sync()
         with self._lock:
             os.close(self._file)
+
+    def _mark_gap(self, version: int) -> None:
+        since = max(self.version, 0)  # what an empty file lacks comes after version 0
+        if since < version:
+            self.append({"v": version, "gap": since})
 
     def _flush(self) -> None:
         if not self._pending:
@@ -155,22 +179,54 @@ def _encoded(line: Line) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def _surviving(path: Path, version: int, applied: Ranges) -> tuple[int, int, list[Line]]:
+@dataclasses.dataclass(frozen=True)
+class _Survivor:
+    """The version that a run goes on from."""
+
+    version: int
+    applied: Ranges
+    settings: Settings
+
+    def has(self, line: Line) -> bool:
+        """Whether a line may be of its past."""
+        return line["v"] <= self.version and ("out" not in line or line["out"] in self.applied)
+
+    def settles(self, line: Line, *, doubt: bool) -> bool:
+        """Whether it is sure that a line that may be, and those before it, are of its past.
+
+        What was set at this very version is so only if it was the last, or is followed
+        by what was: the settings may have been restored from before.
+        """
+        if line["v"] == self.version and line.keys() == {"v", "set"}:
+            return bool(line["set"] == self.settings.to_json())
+        return not doubt
+
+
+def _surviving(path: Path, survivor: _Survivor) -> tuple[int, int, list[Line]]:
     """Bytes of the file that the surviving history has, its last version, and that one's lines."""
-    size, last = 0, -1
+    size = read_bytes = 0
+    last = -1
     lines: list[Line] = []
+    doubtful: list[Line] = []
     if not path.exists():
         return size, last, lines
     with path.open("rb") as file:
         for data in file:
             try:
                 line = json.loads(data)
-                survives = line["v"] <= version and ("out" not in line or line["out"] in applied)
+                survives = survivor.has(line)
             except (ValueError, KeyError, TypeError):
                 break
             if not survives or not data.endswith(b"\n"):
                 break
-            size += len(data)
-            lines = [*(lines if line["v"] == last else ()), line]
-            last = line["v"]
+            read_bytes += len(data)
+            settled = survivor.settles(line, doubt=bool(doubtful))
+            doubtful.append(line)
+            if not settled:
+                continue
+            for each in doubtful:
+                lines = [*(lines if each["v"] == last else ()), each]
+                last = each["v"]
+            doubtful = []
+            size = read_bytes
     return size, last, lines

@@ -22,28 +22,23 @@ from headwater.server.history import History
 from headwater.server.identity import RunIdentity
 from headwater.server.journal import weights_crc
 from headwater.server.optimizer import AbstractOptimizer, check, resolve
-from headwater.server.order import BatchOrder
+from headwater.server.plan import chosen_optimizer, first_store, rounds_of
 from headwater.server.ranges import Ranges
 from headwater.server.recovery import Recovered, recover
 from headwater.server.rounds import Rounds
 from headwater.server.run_dir import RunDir
 from headwater.server.run_record import RunRecord
 from headwater.server.settings import Settings
-from headwater.server.snapshots import Snapshots, arrays_of, restored
+from headwater.server.snapshots import Snapshots, arrays_of, handed_over
 from headwater.server.staleness import StalenessPolicy
-from headwater.server.store import NotFinite, Published, Store, initial
+from headwater.server.store import NotFinite, Published, Store
 from headwater.server.update_log import LogBroken, NoRoom, Recovery, UpdateLog
 from headwater.worker.compute import fingerprint
 from headwater.worker.load import LoadedTask
-from headwater.worker.local_steps import LocalSteps
-from headwater.worker.optimizer_spec import INNER_OPTION, OPTION
+from headwater.worker.local_steps import gradient_function
 from headwater.worker.task import Task, TaskError
-from headwater.worker.user_code import guard_user_code
 
 log = logging.getLogger("headwater.server")
-
-OUTER_OPTIMIZER = "sgd(0.7, momentum=0.9, nesterov=True)"
-"""With local steps, unless another is given: DiLoCo's (Douillard et al. 2023)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,23 +115,16 @@ def _prepare(
 ) -> Prepared:
     task = loaded.task
     identity = loaded.identity()
-    order = BatchOrder(
-        example_count=identity.example_count,
-        batch_size=config.batch_size or task.batch_size,
-        epochs=config.epochs or task.epochs,
-        seed=task.seed if config.seed is None else config.seed,
-        shuffle=task.shuffle,
-        remainder=task.remainder,
-    )
-    rounds = Rounds(order, config.local_steps or 1)
+    rounds = rounds_of(task, config)
+    order = rounds.order
     updates = rounds.updates(Dial.parse(config.consistency or "async"))
-    optimizer = resolve(_chosen_optimizer(config, task), updates)
+    optimizer = resolve(chosen_optimizer(config, task), updates)
     check(optimizer, jax.eval_shape(task.init, jax.random.key(order.seed)))
     if rounds.steps > 1:
-        _check_inner_optimizer(task, order, config.inner_optimizer)
+        _check_inner_optimizer(task, rounds, config.inner_optimizer)
     first = None
     if run_dir is None:
-        first = _initial(loaded, optimizer, order.seed, _settings(Settings(), config))
+        first = first_store(loaded, optimizer, order.seed, _settings(Settings(), config))
         run_dir = opened.enter_context(contextlib.closing(RunDir(config.run_dir, loaded.name)))
     order.prepare(0)
     run = RunIdentity(run_dir.run_id, identity, task.tree.layout, loaded.software())
@@ -147,7 +135,7 @@ def _prepare(
     snapshots.remove_leftovers()
     evaluation = None
     if run_dir.record is None:
-        store = first or _initial(loaded, optimizer, order.seed, _settings(Settings(), config))
+        store = first or first_store(loaded, optimizer, order.seed, _settings(Settings(), config))
         recovered = Recovered(store, 0, 0, 0, ())
         _begin(run_dir, snapshots, run, optimizer.text, store.current, rounds)
     else:
@@ -161,10 +149,11 @@ def _prepare(
     if opened_log is not None:
         opened.callback(opened_log.abandon)
     current = recovered.store.current
-    history = History(run_dir.path, current.version, current.applied)
+    history = History(run_dir.path, current.version, current.applied, current.settings)
     opened.callback(history.close)
     history.go_on(recovered.lines)
-    history.append(_incarnation(record, run, current, loaded))
+    history.append(_incarnation(record, config, run, current))
+    history.sync()  # before it counts as begun: nothing else says what its updates were made with
     run_dir.write_record(record)
     return Prepared(
         config=config,
@@ -185,22 +174,15 @@ def _prepare(
     )
 
 
-def _chosen_optimizer(config: ServerConfig, task: Task) -> Any:
-    """With local steps the task's own optimizer is the inner one."""
-    if config.optimizer:
-        return config.optimizer
-    return OUTER_OPTIMIZER if (config.local_steps or 1) > 1 else task.optimizer
-
-
-def _check_inner_optimizer(task: Task, order: BatchOrder, inner_optimizer: str | None) -> None:
+def _check_inner_optimizer(task: Task, rounds: Rounds, inner_optimizer: str | None) -> None:
     """Find here, where it was typed, what every worker would find."""
-    LocalSteps(
+    gradient_function(
         task,
-        order.seed,
-        optimizer=inner_optimizer or task.optimizer,
-        epochs=order.epochs,
-        batches_per_epoch=order.per_epoch,
-        option=INNER_OPTION if inner_optimizer else OPTION,
+        rounds.order.seed,
+        steps=rounds.steps,
+        inner_optimizer=inner_optimizer,
+        epochs=rounds.order.epochs,
+        batches_per_epoch=rounds.order.per_epoch,
     )
 
 
@@ -215,34 +197,23 @@ def _settings(before: Settings, given: ServerConfig) -> Settings:
 
 
 def _incarnation(
-    record: RunRecord, run: RunIdentity, current: Published, loaded: LoadedTask
+    record: RunRecord, config: ServerConfig, run: RunIdentity, current: Published
 ) -> dict[str, Any]:
     """The history's line on a server that begins to serve."""
     return {
         "v": current.version,
         "incarnation": record.incarnation,
         "run_id": run.run_id,
+        "epochs": record.epochs,
         "updates": record.updates,
         "optimizer": record.optimizer,
+        "optimizer_spec": config.optimizer,
+        "inner_optimizer_spec": config.inner_optimizer,
         "weights": weights_crc(current),
         "set": current.settings.to_json(),
         "software": dict(run.software),
         "compute": dict(fingerprint()),
     }
-
-
-def _initial(
-    loaded: LoadedTask, optimizer: AbstractOptimizer, seed: int, settings: Settings
-) -> Store:
-    """Version 0, from the task's own `init`."""
-    task = loaded.task
-    with guard_user_code("Task.init raised"):
-        params = task.init(jax.random.key(seed))
-    task.tree.check(params)
-    try:
-        return Store(task.tree, optimizer, initial(task.tree, params, optimizer, settings=settings))
-    except NotFinite as error:
-        raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
 
 
 def _begin(
@@ -276,7 +247,7 @@ def _recover(
     """The state that the incarnation before left, for `optimizer` to go on with."""
     tree, incarnation = loaded.task.tree, before.incarnation + 1
     was = ServerConfig(optimizer=before.asked.get("optimizer"), local_steps=before.local_steps)
-    old = resolve(_chosen_optimizer(was, loaded.task), before.updates)
+    old = resolve(chosen_optimizer(was, loaded.task), before.updates)
     snapshot = _in_rounds(snapshots.newest(), rounds)
     recovery = Recovery(run_dir.path, _log_facts(run), snapshot.facts.version)
     try:
@@ -285,17 +256,18 @@ def _recover(
             snapshot, recovery, tree, old, incarnation=incarnation, software=run.software
         )
         is_other = (old.text, before.updates) != (optimizer.text, updates)
-        facts, arrays = _snapshot_of(run, old.text, recovered.store.current, rounds)
+        current = recovered.store.current
         if recovered.ends_early or (is_other and recovered.replayed):
             # A later recovery would replay what is wrong, or with the new optimizer.
-            snapshots.save(facts, arrays)
+            _save(snapshots, run, old.text, current, rounds)
             update_log.remove_all(run_dir.path)
         if is_other:
-            facts, warnings = _without_numbers(facts, old.text, optimizer.text)
-            again = _in_rounds(Snapshot(facts, arrays), rounds)
+            settings, warnings = _without_numbers(current.settings, old.text, optimizer.text)
+            current = dataclasses.replace(current, settings=settings)
+            state = handed_over(current, tree, old, optimizer, incarnation)
             recovered = dataclasses.replace(
                 recovered,
-                store=Store(tree, optimizer, restored(again, tree, optimizer, incarnation)),
+                store=Store(tree, optimizer, state),
                 warnings=(*recovered.warnings, *warnings),
             )
     except NotFinite as error:
@@ -309,14 +281,12 @@ def _recover(
     return recovered
 
 
-def _without_numbers(facts: Facts, old: str, new: str) -> tuple[Facts, list[str]]:
+def _without_numbers(before: Settings, old: str, new: str) -> tuple[Settings, list[str]]:
     """With no numbers that were set of an optimizer, unless it is the same one."""
-    before = Settings.from_json(facts.settings)
     if old == new or not (before.numbers or before.planned):
-        return facts, []
-    after = dataclasses.replace(before, numbers={}, planned=())
+        return before, []
     warning = f"the optimizer is {new} now: the numbers that were set of {old} no longer hold"
-    return dataclasses.replace(facts, settings=after.to_json()), [warning]
+    return dataclasses.replace(before, numbers={}, planned=()), [warning]
 
 
 def _begin_log(

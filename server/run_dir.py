@@ -4,6 +4,7 @@ run.json                what the run is: id, incarnation, task, settings
 snapshot-….safetensors  weights, optimizer state and ledger of one version each
 updates-….log           with --durability log: every update since
 weights.safetensors     the weights of the version that the last server ended with
+history.jsonl           what made each version, to replay the run
 metrics.jsonl           progress, evaluations and the end, a JSON object a line
 lock                    held by the server that serves the run
 """

@@ -10,6 +10,7 @@ that `init` gives, because a file holds no functions.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,9 +147,53 @@ def restored(
                 f"{spec.describe()}: it is a run of another task"
             )
     weights = tuple(jnp.asarray(arrays[spec.name]) for spec in tree.layout.tensors)
+    state = _state(arrays, facts.optimizer_prefix, facts.optimizer, weights, tree, optimizer)
+    return Published(
+        incarnation=incarnation,
+        version=facts.version,
+        leaves=weights,
+        optimizer_state=state,
+        applied=_ranges(facts.applied),
+        left_out=_ranges(facts.left_out),
+        settings=Settings.from_json(facts.settings),
+    )
+
+
+def handed_over(
+    published: Published,
+    tree: ParameterTree,
+    before: AbstractOptimizer,
+    optimizer: AbstractOptimizer,
+    incarnation: int,
+) -> Published:
+    """A version as the next incarnation goes on from it, with an optimizer that may be another.
+
+    The same as writing a snapshot and reading it: the state's arrays stay, what kind
+    of numbers they were is what the new optimizer makes of them.
+
+    Raises:
+      UsageError: The state does not fit the new optimizer.
+    """
+    arrays, prefix = arrays_of(tree.layout, published)
+    weights = tuple(jnp.asarray(arrays[spec.name]) for spec in tree.layout.tensors)
+    state = _state(arrays, prefix, before.text, weights, tree, optimizer)
+    return dataclasses.replace(
+        published, incarnation=incarnation, leaves=weights, optimizer_state=state
+    )
+
+
+def _state(
+    arrays: Mapping[str, np.ndarray],
+    prefix: str,
+    trained_with: str,
+    weights: tuple[jax.Array, ...],
+    tree: ParameterTree,
+    optimizer: AbstractOptimizer,
+) -> PyTree:
+    """The optimizer's state from its arrays, in the tree that `init` gives."""
     template = optimizer.init(tree.restore(weights))
-    names = _state_names(template, facts.optimizer_prefix)
-    kept = {name for name in arrays if name.startswith(facts.optimizer_prefix)}
+    names = _state_names(template, prefix)
+    kept = {name for name in arrays if name.startswith(prefix)}
     leaves = jax.tree.leaves(template)
     fits = kept == set(names) and all(
         _shape(leaf) == (arrays[name].dtype, arrays[name].shape)
@@ -156,19 +201,11 @@ def restored(
     )
     if not fits:
         raise UsageError(
-            f"the run was trained with {facts.optimizer}, whose state does not fit "
+            f"the run was trained with {trained_with}, whose state does not fit "
             f"{optimizer.text}; continue it with the optimizer that it had"
         )
     state = [_leaf(arrays[name], leaf) for name, leaf in zip(names, leaves, strict=True)]
-    return Published(
-        incarnation=incarnation,
-        version=facts.version,
-        leaves=weights,
-        optimizer_state=jax.tree.unflatten(jax.tree.structure(template), state),
-        applied=_ranges(facts.applied),
-        left_out=_ranges(facts.left_out),
-        settings=Settings.from_json(facts.settings),
-    )
+    return jax.tree.unflatten(jax.tree.structure(template), state)
 
 
 def _ranges(pairs: snapshot_file.Pairs) -> Ranges:

@@ -11,6 +11,7 @@ import pytest
 
 from headwater.protos import files
 from headwater.protos.errors import UsageError
+from headwater.server import history
 from headwater.server.config import ServerConfig
 from headwater.server.journal import weights_crc
 from headwater.server.log_records import Kind
@@ -125,3 +126,28 @@ def test_an_inner_optimizer_that_no_worker_could_use_is_found_when_the_server_st
     with pytest.raises(UsageError, match="cannot make a local step from a gradient and its loss"):
         prepared(tmp_path / "run", local_steps=4, inner_optimizer="lbfgs()")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_history_that_lost_its_end_says_so_when_the_run_goes_on(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    for version in (1, 2, 3):
+        make_updates(run, 1)
+        run.history.append({"v": version, "u": [[version - 1, version - 1, "1.1", 0]]})
+        run.save(run.store.current)
+    crash(run)
+    path = tmp_path / "history.jsonl"
+    first, one, *_ = path.read_text().splitlines(keepends=True)
+    path.write_text(first + one)
+
+    crash(prepared(tmp_path))
+
+    *_, gap, begun = history.read(path)
+    assert gap == {"v": 3, "gap": 1}
+    assert (begun["v"], begun["incarnation"]) == (3, 2)
+
+
+def test_what_an_incarnation_trains_with_is_on_disk_before_it_counts(tmp_path: Path) -> None:
+    crash(prepared(tmp_path, optimizer="sgd(1.0)", epochs=3))
+
+    (begun,) = history.read(tmp_path / "history.jsonl")  # nobody has closed the file
+    assert (begun["optimizer_spec"], begun["epochs"], begun["updates"]) == ("sgd(1.0)", 3, 24)
