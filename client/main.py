@@ -15,6 +15,7 @@ PROCESSES = {
     "worker": ("headwater.worker.main", "Compute gradients for a server until the run is over."),
     "evaluate": ("headwater.worker.evaluate", "Evaluate the served weights and report the result."),
     "check": ("headwater.server.check", "Try a task out: one batch, one gradient, no server."),
+    "replay": ("headwater.server.replay", "Compute a run again from its history, bit for bit."),
 }
 """Commands that need JAX: each is the `main` of a module, and what it is for."""
 

@@ -114,32 +114,38 @@ class RunRecord:
         }
         return dataclasses.replace(config, **missing)
 
+    def differences(self, other: RunRecord) -> str:
+        """What makes the other one another run: `seed: 0 in the directory, 1 now`; "" if nothing.
+
+        Epochs, optimizer and the like may change in the middle of a run.
+        """
+        return "; ".join(
+            f"{what}: {here} in the directory, {there} now"
+            for what, here, there in (
+                ("task", self.task, other.task),
+                ("task options", _options(self.options), _options(other.options)),
+                ("tensors", self.layout[:12], other.layout[:12]),
+                ("examples", self.example_count, other.example_count),
+                ("batch size", self.batch_size, other.batch_size),
+                ("seed", self.seed, other.seed),
+                ("shuffle", self.shuffle, other.shuffle),
+                ("remainder", self.remainder, other.remainder),
+                ("local steps", self.local_steps, other.local_steps),
+                ("version of the batch order", self.order_version, other.order_version),
+            )
+            if here != there
+        )
+
     def continued_as(self, new: RunRecord, place: str) -> RunRecord:
         """The record of the next incarnation, which wants to go on as `new`.
 
         Raises:
           UsageError: That would be another run; says what differs.
         """
-        changed = [
-            f"{what}: {here} in the directory, {there} now"
-            for what, here, there in (
-                ("task", self.task, new.task),
-                ("task options", _options(self.options), _options(new.options)),
-                ("tensors", self.layout[:12], new.layout[:12]),
-                ("examples", self.example_count, new.example_count),
-                ("batch size", self.batch_size, new.batch_size),
-                ("seed", self.seed, new.seed),
-                ("shuffle", self.shuffle, new.shuffle),
-                ("remainder", self.remainder, new.remainder),
-                ("local steps", self.local_steps, new.local_steps),
-                ("version of the batch order", self.order_version, new.order_version),
-            )
-            if here != there
-        ]
-        if changed:
+        if changed := self.differences(new):
             raise UsageError(
-                f"{place} holds another run than the one that would continue it ("
-                f"{'; '.join(changed)}); start it as it was, or name another --run-dir"
+                f"{place} holds another run than the one that would continue it ({changed}); "
+                "start it as it was, or name another --run-dir"
             )
         return dataclasses.replace(new, run_id=self.run_id, incarnation=self.incarnation + 1)
 

@@ -22,8 +22,14 @@ import numpy as np
 import optax
 
 from headwater.worker.data import Batch
-from headwater.worker.gradient import AbstractGradientFunction, Gradient, Step, parameter_shapes
-from headwater.worker.optimizer_spec import OPTION, transformation
+from headwater.worker.gradient import (
+    AbstractGradientFunction,
+    Gradient,
+    GradientFunction,
+    Step,
+    parameter_shapes,
+)
+from headwater.worker.optimizer_spec import INNER_OPTION, OPTION, transformation
 from headwater.worker.task import Task, TaskError
 from headwater.worker.tree import PyTree, described
 
@@ -150,6 +156,40 @@ class LocalSteps(AbstractGradientFunction):
                     f"of its {what}, which must stay the same from step to step"
                 )
         return before
+
+
+def gradient_function(
+    task: Task,
+    seed: int,
+    *,
+    steps: int,
+    inner_optimizer: str | None,
+    epochs: int,
+    batches_per_epoch: int,
+) -> AbstractGradientFunction:
+    """What a run's workers compute: gradients, or with local steps pseudo-gradients.
+
+    Args:
+      task: See `AbstractGradientFunction`.
+      seed: The run's.
+      steps: Batches of a push; 1 is training without local steps.
+      inner_optimizer: With local steps, a SPEC; nothing means the task's optimizer.
+      epochs: Of the run.
+      batches_per_epoch: Of the run.
+
+    Raises:
+      TaskError, SpecError: See `LocalSteps`.
+    """
+    if steps == 1:
+        return GradientFunction(task, seed)
+    return LocalSteps(
+        task,
+        seed,
+        optimizer=inner_optimizer or task.optimizer,
+        epochs=epochs,
+        batches_per_epoch=batches_per_epoch,
+        option=INNER_OPTION if inner_optimizer else OPTION,
+    )
 
 
 def _move_schedules(state: PyTree, position: jax.Array) -> PyTree:

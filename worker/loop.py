@@ -25,12 +25,11 @@ from headwater.protos.rpc import PROTOCOL
 from headwater.protos.wire import parts
 from headwater.worker.compute import fingerprint
 from headwater.worker.data import batch_rng
-from headwater.worker.gradient import AbstractGradientFunction, Gradient, GradientFunction
+from headwater.worker.gradient import AbstractGradientFunction, Gradient
 from headwater.worker.link import SILENCE_S, Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
-from headwater.worker.local_steps import LocalSteps
-from headwater.worker.optimizer_spec import INNER_OPTION, OPTION
+from headwater.worker.local_steps import gradient_function
 from headwater.worker.task import batch_sizes
 
 log = logging.getLogger("headwater.worker")
@@ -198,7 +197,14 @@ class Worker:
         if self._loader:
             self._loader.close()
         self._loader = Loader(data, seed)
-        self._gradient = self._gradient_function(welcome)
+        self._gradient = gradient_function(
+            self._task,
+            seed,
+            steps=self._local_steps,
+            inner_optimizer=welcome.inner_optimizer,
+            epochs=welcome.epochs,
+            batches_per_epoch=welcome.batches_per_epoch,
+        )
         seconds = 0.0
         for size in batch_sizes(self._task, batch_size):
             batch = data.batch(np.arange(size), batch_rng(seed, 0, 0))
@@ -206,18 +212,6 @@ class Worker:
         self._compiled_for = needed
         log.info("compiled in %.1f s", seconds)
         return seconds
-
-    def _gradient_function(self, welcome: pb.Welcome) -> AbstractGradientFunction:
-        if self._local_steps == 1:
-            return GradientFunction(self._task, welcome.seed)
-        return LocalSteps(
-            self._task,
-            welcome.seed,
-            optimizer=welcome.inner_optimizer or self._task.optimizer,
-            epochs=welcome.epochs,
-            batches_per_epoch=welcome.batches_per_epoch,
-            option=INNER_OPTION if welcome.inner_optimizer else OPTION,
-        )
 
     def _outcome(self, outcome: pb.Outcome) -> None:
         self._step()

@@ -51,7 +51,7 @@ def test_the_readme_names_every_command() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_in_a_page_exists(page: Path) -> None:
     sources = [*ROOT.glob("*/main.py"), *ROOT.glob("client/*.py"), *ROOT.glob("worker/*.py")]
-    sources += [ROOT / "server/check.py", ROOT / "benchmarks/run.py"]
+    sources += [ROOT / "server/check.py", ROOT / "server/replay.py", ROOT / "benchmarks/run.py"]
     code = "".join(path.read_text() for path in sources)
 
     named = set(re.findall(r"`?headwater [^`\n]*?(--[a-z-]+)", page.read_text()))

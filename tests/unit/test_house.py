@@ -49,6 +49,8 @@ ARROWS = {
     "headwater.server": ("headwater.server", "headwater.protos", *_TASK_API),
     # Both sides in one process, without a server.
     "headwater.server.check": ("headwater.server", "headwater.protos", "headwater.worker"),
+    "headwater.server.replay": ("headwater.server", "headwater.protos", "headwater.worker"),
+    "headwater.server.recompute": ("headwater.server", "headwater.protos", "headwater.worker"),
     "headwater.client": ("headwater.client", "headwater.protos"),
     "headwater.examples": _API,
 }
@@ -246,6 +248,12 @@ def test_the_commands_help_loads_no_jax() -> None:
     )
     assert "headwater.client.main" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_a_history_is_surveyed_before_jax_starts() -> None:
+    loaded = loaded_by("import headwater.server.replay")
+    assert {"headwater.server.survey", "headwater.server.likeness"} <= loaded
+    assert loaded & set(_FRAMEWORKS) == set()
 
 
 @pytest.mark.parametrize("name", headwater.__all__)

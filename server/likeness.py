@@ -1,0 +1,114 @@
+"""What a run was computed with, and how this process is made to compute the same bits.
+
+XLA reads its flags and the number of its threads when JAX starts, so `imitate`
+comes before that. A history holds what workers said of themselves, over the
+network: it is checked before it becomes a part of the environment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, MutableMapping
+
+from headwater.protos.errors import HeadwaterError
+from headwater.server.survey import Survey
+from headwater.worker.compute import differences
+
+MAX_THREADS = 1024
+
+SHOWN_NAMES = 3
+"""Of workers, in one sentence."""
+
+# Switches and numbers: nothing that could name a file, nor have one written.
+_FLAG = re.compile(r"--xla_(?!dump)[a-z0-9_]+(=(true|false|\d+))?")
+
+
+def gradients_platform(survey: Survey) -> str | None:
+    """What the gradients were computed on: cpu, gpu or tpu; None where nobody said.
+
+    Raises:
+      HeadwaterError: On more than one; no process computes the bits of both.
+    """
+    names = defaultdict(list)
+    for worker in survey.workers.values():
+        if "platform" in worker.compute:
+            names[worker.compute["platform"]].append(worker.name)
+    if len(names) > 1:
+        found = " and ".join(f"{what} ({_shown(who)})" for what, who in sorted(names.items()))
+        raise HeadwaterError(
+            f"the run cannot be replayed: its gradients were computed on {found}, whose bits "
+            "differ; train with workers of one platform to replay it"
+        )
+    return next(iter(names), None)
+
+
+def accelerator(survey: Survey) -> str:
+    """The platform that JAX is to be started for; `cpu` is there beside every other.
+
+    Raises:
+      HeadwaterError: The run needs two that one process cannot have.
+    """
+    platforms = {line["compute"].get("platform", "cpu") for line in survey.incarnations}
+    platforms |= {gradients_platform(survey) or "cpu"}
+    needed = sorted(platforms - {"cpu"})
+    if len(needed) > 1:
+        raise HeadwaterError(
+            f"the run cannot be replayed: it was computed on {' and '.join(needed)}, and one "
+            "process has one of them; train on one to replay it"
+        )
+    return needed[0] if needed else "cpu"
+
+
+def imitate(survey: Survey, environment: MutableMapping[str, str]) -> None:
+    """Have XLA take as many threads, and the flags, as it had in most of the workers."""
+    threads = _most_common(survey, "threads")
+    if threads is not None and threads.isdecimal() and 0 < int(threads) <= MAX_THREADS:
+        environment["NPROC"] = threads
+    flags = _most_common(survey, "XLA_FLAGS")
+    if flags is not None and all(_FLAG.fullmatch(flag) for flag in flags.split()):
+        environment["XLA_FLAGS"] = flags
+
+
+def warnings(survey: Survey, here: Mapping[str, str], software: Mapping[str, str]) -> list[str]:
+    """What differs from then, and may change bits, in sentences.
+
+    Args:
+      survey: Of the run.
+      here: This process's fingerprint.
+      software: Library to version, of this process.
+    """
+    workers = defaultdict(list)
+    for worker in survey.workers.values():
+        found = differences(here, worker.compute) if worker.compute else "nothing is known of it"
+        workers[found].append(worker.name)
+    sentences = {f"{_shown(who)}: {what}" for what, who in workers.items() if what}
+    for line in survey.incarnations:
+        compute, libraries = line["compute"], line.get("software", {})
+        # Of a server on another platform than the workers there is nothing to compare.
+        there = compute if compute.get("platform") == here["platform"] else here
+        known = {name: software[name] for name in libraries.keys() & software.keys()}
+        both = {name: libraries[name] for name in known}
+        found = "; ".join(filter(None, [differences(here, there), differences(known, both)]))
+        if found:
+            sentences.add(f"the server: {found}")
+    return [f"what computed may give other bits here: {each}" for each in sorted(sentences)]
+
+
+def _most_common(survey: Survey, name: str) -> str | None:
+    """The value that most gradients were computed with; without gradients, the first server's."""
+    counts: Counter[str] = Counter()
+    for worker in survey.workers.values():
+        if name in worker.compute:
+            counts[worker.compute[name]] += worker.gradients
+    if counts:
+        return counts.most_common(1)[0][0]
+    found = survey.incarnations[0]["compute"].get(name)
+    return None if found is None else str(found)
+
+
+def _shown(names: Iterable[str]) -> str:
+    """Not all of a thousand."""
+    names = sorted(set(names))
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
