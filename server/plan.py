@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import jax
 
 from headwater.protos.errors import UsageError
 from headwater.server.config import ServerConfig
+from headwater.server.dial import Dial
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.order import BatchOrder
 from headwater.server.rounds import Rounds
@@ -18,7 +19,10 @@ from headwater.worker.task import Task
 from headwater.worker.user_code import guard_user_code
 
 OUTER_OPTIMIZER = "sgd(0.7, momentum=0.9, nesterov=True)"
-"""With local steps, unless another is given: DiLoCo's (Douillard et al. 2023)."""
+"""With local steps in sync mode, unless another is given: DiLoCo's (Douillard et al. 2023)."""
+
+ASYNC_OUTER_OPTIMIZER = "delayed_nesterov(0.7, delay=8)"
+"""Otherwise: to plain Nesterov, staleness does harm (Liu et al. 2024; docs/consistency.md)."""
 
 
 def rounds_of(task: Task, config: ServerConfig) -> Rounds:
@@ -38,11 +42,13 @@ def rounds_of(task: Task, config: ServerConfig) -> Rounds:
     return Rounds(order, config.local_steps or 1)
 
 
-def chosen_optimizer(config: ServerConfig, task: Task) -> Any:
-    """The server's, as `resolve` takes it: with local steps the task's own is the inner one."""
-    if config.optimizer:
-        return config.optimizer
-    return OUTER_OPTIMIZER if (config.local_steps or 1) > 1 else task.optimizer
+def with_outer_optimizer(config: ServerConfig) -> ServerConfig:
+    """With local steps the task's own optimizer is the inner one: name an outer one, if none is."""
+    if config.optimizer or (config.local_steps or 1) == 1:
+        return config
+    in_sync = Dial.parse(config.consistency or "async").group is not None
+    outer = OUTER_OPTIMIZER if in_sync else ASYNC_OUTER_OPTIMIZER
+    return dataclasses.replace(config, optimizer=outer)
 
 
 def first_store(

@@ -22,7 +22,7 @@ from headwater.server.history import History
 from headwater.server.identity import RunIdentity
 from headwater.server.journal import weights_crc
 from headwater.server.optimizer import AbstractOptimizer, check, resolve
-from headwater.server.plan import chosen_optimizer, first_store, rounds_of
+from headwater.server.plan import first_store, rounds_of, with_outer_optimizer
 from headwater.server.ranges import Ranges
 from headwater.server.recovery import Recovered, recover
 from headwater.server.rounds import Rounds
@@ -90,6 +90,8 @@ def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
             run_dir = opened.enter_context(contextlib.closing(RunDir(config.run_dir, loaded.name)))
             if run_dir.record is not None:
                 config = run_dir.record.settings(config)
+        if run_dir is None or run_dir.record is None:
+            config = with_outer_optimizer(config)  # and recorded: it stays, whatever is asked later
         _check_port_is_free(config.listen)
         try:
             prepared = _prepare(loaded, config, given, run_dir, opened)
@@ -118,7 +120,7 @@ def _prepare(
     rounds = rounds_of(task, config)
     order = rounds.order
     updates = rounds.updates(Dial.parse(config.consistency or "async"))
-    optimizer = resolve(chosen_optimizer(config, task), updates)
+    optimizer = resolve(config.optimizer or task.optimizer, updates)
     check(optimizer, jax.eval_shape(task.init, jax.random.key(order.seed)))
     if rounds.steps > 1:
         _check_inner_optimizer(task, rounds, config.inner_optimizer)
@@ -246,8 +248,7 @@ def _recover(
 ) -> Recovered:
     """The state that the incarnation before left, for `optimizer` to go on with."""
     tree, incarnation = loaded.task.tree, before.incarnation + 1
-    was = ServerConfig(optimizer=before.asked.get("optimizer"), local_steps=before.local_steps)
-    old = resolve(chosen_optimizer(was, loaded.task), before.updates)
+    old = resolve(before.asked.get("optimizer") or loaded.task.optimizer, before.updates)
     snapshot = _in_rounds(snapshots.newest(), rounds)
     recovery = Recovery(run_dir.path, _log_facts(run), snapshot.facts.version)
     try:

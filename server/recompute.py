@@ -21,11 +21,10 @@ import numpy as np
 from headwater.protos.crc import crc32c
 from headwater.protos.errors import HeadwaterError
 from headwater.protos.layout import Bytes
-from headwater.server.config import ServerConfig
 from headwater.server.history import PLAIN, Line
 from headwater.server.journal import weights_crc
 from headwater.server.optimizer import AbstractOptimizer, resolve
-from headwater.server.plan import chosen_optimizer, first_store
+from headwater.server.plan import first_store
 from headwater.server.rounds import Rounds
 from headwater.server.settings import Settings
 from headwater.server.snapshots import handed_over
@@ -160,8 +159,7 @@ class Recomputation:
         """A server begins: with the task's first weights, or with what it found."""
         task, order = self._loaded.task, self._rounds.order
         settings = Settings.from_json(line["set"])
-        asked = ServerConfig(optimizer=line["optimizer_spec"], local_steps=self._rounds.steps)
-        optimizer = resolve(chosen_optimizer(asked, task), line["updates"])
+        optimizer = resolve(line["optimizer_spec"] or task.optimizer, line["updates"])
         if optimizer.text != line["optimizer"]:
             raise HeadwaterError(
                 f"from version {line['v']} on the run was trained with {line['optimizer']}, and "

@@ -151,3 +151,23 @@ def test_what_an_incarnation_trains_with_is_on_disk_before_it_counts(tmp_path: P
 
     (begun,) = history.read(tmp_path / "history.jsonl")  # nobody has closed the file
     assert (begun["optimizer_spec"], begun["epochs"], begun["updates"]) == ("sgd(1.0)", 3, 24)
+
+
+@pytest.mark.parametrize(
+    ("consistency", "outer"),
+    [
+        ("async", "delayed_nesterov(0.7, delay=8)"),
+        ("bounded:2", "delayed_nesterov(0.7, delay=8)"),
+        ("sync:4", "sgd(0.7, momentum=0.9, nesterov=True)"),
+    ],
+)
+def test_with_local_steps_the_outer_optimizer_goes_by_the_consistency_and_stays(
+    tmp_path: Path, consistency: str, outer: str
+) -> None:
+    run = prepared(tmp_path, local_steps=2, consistency=consistency)
+    assert run.optimizer_text == outer
+    crash(run)
+
+    again = prepared(tmp_path, local_steps=2, consistency="async")
+    assert again.optimizer_text == outer
+    crash(again)
