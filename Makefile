@@ -15,13 +15,14 @@ PACKAGES := client examples protos server worker
 CREATED := $(VENV)/.created
 PRODUCT := $(VENV)/.product
 DEV     := $(VENV)/.dev
+BENCH   := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak lint format protos bench clean
+.PHONY: help run test soak lint format protos bench bench-consistency clean
 
 help: ## list these targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12] [VENV=.venv]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: $(PRODUCT) ## train on handwritten digits here: one server, two workers (ARGS: options of `headwater run`)
 	@$(BIN)/headwater run --task headwater.examples.mnist --workers 2 $(ARGS)
@@ -56,6 +57,9 @@ protos: $(DEV) ## generate the Python code of protos/parameter_server.proto
 bench: $(DEV) ## measure speed on this machine (ARGS: options of benchmarks/run.py)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
+bench-consistency: $(BENCH) ## measure what staleness does, an hour (ARGS: options of benchmarks/consistency.py)
+	@$(BIN)/python -m benchmarks.consistency --plot build/consistency.png $(ARGS)
+
 clean: ## remove the environment and everything else that was made, but not runs/
 	@rm -rf $(VENV) build dist headwater.egg-info .hypothesis .pytest_cache .ruff_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -79,6 +83,10 @@ $(DEV): $(CREATED) pyproject.toml
 	@echo "Installing Headwater and its development tools into $(VENV); this takes a minute or two, once."
 	@$(PIP) install --editable '.[dev,examples]'
 	@touch $(PRODUCT) $@
+
+$(BENCH): $(DEV)
+	@$(PIP) install --editable '.[bench]'
+	@touch $@
 
 # Type checkers don't see an editable install, so show them the package as links.
 define link-tree

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,17 @@ Figures = dict[str, list[float]]
 
 
 @contextlib.contextmanager
-def training(task: str, workers: int, *options: str) -> Iterator[tuple[Client, Child]]:
+def training(
+    task: str,
+    workers: int,
+    *options: str,
+    task_options: Sequence[str] = (),
+    worker_environment: Callable[[int], Mapping[str, str]] = lambda number: {},
+) -> Iterator[tuple[Client, Child]]:
     """A server and workers as `headwater run` starts them; a client, and the server's process."""
     share = {"NPROC": str(max(1, core_count() // (workers + 1)))}
     address = free_address("127.0.0.1")
-    words = ["--task", task]
+    words = ["--task", task, *(f"--task-option={option}" for option in task_options)]
     with tempfile.TemporaryDirectory() as folder:
         run_dir = ["--run-dir", folder, "--listen", address]
         server = Child(
@@ -62,7 +68,12 @@ def training(task: str, workers: int, *options: str) -> Iterator[tuple[Client, C
         children = [server]
         try:
             children += [
-                Child(f"worker-{n}", "worker", [*words, "--server", address], environment=share)
+                Child(
+                    f"worker-{n}",
+                    "worker",
+                    [*words, "--server", address],
+                    environment={**share, **worker_environment(n)},
+                )
                 for n in range(workers)
             ]
             if server.ready() is None:
