@@ -200,7 +200,7 @@ def test_a_slow_disk_does_not_hold_up_pushes(control, tmp_path):
             set_faults(control)
 
 
-@pytest.mark.parametrize("level", ["snapshot", "log"])
+@pytest.mark.parametrize("level", [pytest.param("snapshot", marks=pytest.mark.slow), "log"])
 def test_what_was_called_durable_survives_a_loss_of_power(level, tmp_path):
     """Killed, and then everything that was not fsynced is dropped."""
     shadow = tmp_path / "shadow"

@@ -35,7 +35,8 @@ def max_staleness(path: Path) -> int:
     return max(line["v"] - 1 - base for line in lines for _, base, *_ in line.get("u", ()))
 
 
-@pytest.mark.parametrize("level", [pytest.param("snapshot", marks=pytest.mark.slow), "log"])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["snapshot", "log"])
 def test_four_workers_are_replayed_in_one_process_whoever_was_killed(
     level: str, tmp_path: Path
 ) -> None:

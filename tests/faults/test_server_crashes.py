@@ -26,7 +26,7 @@ def options(level: str) -> list[str]:
 @pytest.mark.parametrize(
     ("kills", "level"),
     [
-        (4, "log"),
+        pytest.param(4, "log", marks=pytest.mark.slow),
         pytest.param(50, "snapshot", marks=pytest.mark.slow),
         pytest.param(50, "log", marks=pytest.mark.slow),
     ],

@@ -122,6 +122,7 @@ def test_a_silent_worker_loses_its_batches_and_comes_back(tmp_path):
         assert status["rejected"]["malformed"] == 0
 
 
+@pytest.mark.slow
 def test_a_push_after_its_ticket_was_taken_back_is_refused(tmp_path):
     """The stream lives on: the worker is told LEASE_LOST and takes its next ticket."""
     with stage(

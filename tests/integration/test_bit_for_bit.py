@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.numpy import load_file
 
 from kit import processes
@@ -172,6 +173,7 @@ def test_one_worker_equals_plain_optax_with_adam(tmp_path: Path) -> None:
     assert_same_bits(trained, tmp_path / "fused.safetensors")
 
 
+@pytest.mark.slow
 def test_one_worker_equals_plain_optax_with_momentum_a_schedule_and_noise(tmp_path: Path) -> None:
     (tmp_path / "noisy.py").write_text(NOISY)
     spec = "sgd(cosine_decay_schedule(0.1, total_updates), momentum=0.9)"

@@ -198,6 +198,7 @@ def test_a_task_without_evaluate_is_trained_and_no_evaluation_is_spoken_of(folde
     assert_kept(folder)
 
 
+@pytest.mark.slow
 def test_a_server_named_in_the_environment_is_not_this_runs(folder: Path) -> None:
     finished = run(*SHORT, *FREE, cwd=folder, HEADWATER_SERVER="127.0.0.1:1")
     assert (finished.status, finished.errors) == (0, "")
@@ -242,6 +243,7 @@ def test_a_reader_that_goes_away_does_not_end_the_training(folder: Path) -> None
     assert_kept(folder)
 
 
+@pytest.mark.slow
 def test_a_full_output_does_not_end_the_training(folder: Path) -> None:
     done = shell('eval "$RUN" > /dev/full', folder)
     assert done.returncode == 1
@@ -250,7 +252,7 @@ def test_a_full_output_does_not_end_the_training(folder: Path) -> None:
     assert_kept(folder)
 
 
-@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [pytest.param(">&-", marks=pytest.mark.slow), "<&- >&- 2>&-"])
 def test_standard_streams_may_be_closed(closed: str, folder: Path) -> None:
     done = shell(f'eval "$RUN" {closed}', folder)
     assert (done.returncode, done.stderr) == (0, "")

@@ -361,6 +361,7 @@ def test_the_model_sees_no_character_that_it_predicts(small: Small) -> None:
     assert (one[10:] != two[10:]).any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_character_lm_learns_a_verse_in_a_few_updates(small: Small) -> None:
     task, params = small
 

@@ -116,7 +116,16 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+SLOW = {"plateau", "keeps the weights", "adamw"}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(optimizer, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, optimizer in OPTIMIZERS.items()
+    ],
+)
 def test_what_is_pushed_is_the_way_of_a_plain_optax_loop(optimizer: Any) -> None:
     """With the epoch's short last batch."""
     of = steps(1, 2, 3, 4)
