@@ -42,8 +42,14 @@ def loaded(task: Task = NOISY) -> LoadedTask:
     return LoadedTask(task, "noisy", {}, "")
 
 
-def train(run_dir: Path, workers: int = 2, task: Task = NOISY, **options: Any) -> None:
-    """Train to the end, with workers in threads."""
+def train(
+    run_dir: Path,
+    workers: int = 2,
+    task: Task = NOISY,
+    steer: Callable[[Client], None] = lambda client: None,
+    **options: Any,
+) -> None:
+    """Train to the end, with workers in threads; `steer` is called once it trains."""
     errors: list[BaseException] = []
 
     def work(address: str) -> None:
@@ -63,6 +69,7 @@ def train(run_dir: Path, workers: int = 2, task: Task = NOISY, **options: Any) -
                 thread.start()
             wait_ready(client, workers, lambda: errors)
             client.resume()
+            steer(client)
         for thread in threads:
             thread.join(60)
     assert errors == []
@@ -161,6 +168,22 @@ def test_a_run_that_went_on_with_another_optimizer_and_more_epochs_is_followed(
 
     assert report.difference is None
     assert (report.version, report.compared_with) == (50, f"snapshot-{50:020}.safetensors")
+
+
+def test_what_was_set_on_the_way_is_set_again(tmp_path: Path) -> None:
+    def steer(client: Client) -> None:
+        client.set({"learning_rate": 0.02}, at_version=40)
+        client.set({"consistency": "bounded:1", "momentum": 0.5})
+        wait_for(lambda: client.status()["version"] > 45, "the planned one holds")
+        client.set({"consistency": "sync:2"})
+
+    run_dir = tmp_path / "run"
+    train(run_dir, epochs=40, optimizer="sgd(0.01, momentum=0.9)", steer=steer)
+
+    assert (
+        sum("set" in line and "u" not in line for line in history.read(run_dir / history.NAME)) > 3
+    )
+    assert replayed(run_dir).difference is None
 
 
 @pytest.mark.slow
