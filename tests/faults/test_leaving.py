@@ -99,6 +99,9 @@ def test_a_stopped_server_keeps_its_weights_and_dismisses_its_workers(slow, tmp_
         worker(TASK, address, *options, cwd=tmp_path) as bob,
     ):
         with Client(address) as client:
+            client.pause()  # until both are there: who comes later waits for the next server
+            wait_for(lambda: len(client.status()["workers"]) == 2, "both have joined", 60)
+            client.resume()
             wait_for_version(client, 10)
             shown = client.status()
         service.send(signal.SIGTERM)
