@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +44,9 @@ DTYPES: Mapping[str, np.dtype] = {
     )
 }
 """What a parameter can be made of: JAX's floating and complex dtypes, by name."""
+
+_GAP = memoryview(bytes(ALIGNMENT))
+"""What lies between two tensors, at most."""
 
 MAX_DIMENSIONS = 64
 _MAX_BYTES = 1 << 50  # far past any machine, small enough that no sum overflows
@@ -163,11 +166,42 @@ class Layout:
           LayoutError: An array has another shape or dtype than its tensor.
         """
         for spec, array in zip(self.tensors, arrays, strict=True):
-            if array.shape != spec.shape or array.dtype != spec.dtype:
-                got = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
-                raise LayoutError(f"{spec.name} is {got}, the layout says {spec.describe()}")
-            flat = np.ascontiguousarray(array).reshape(-1)
-            buffer[spec.offset : spec.end] = flat.view(np.uint8)
+            buffer[spec.offset : spec.end] = _flat(spec, array)
+
+    def cut(
+        self, arrays: Iterable[np.ndarray], part_bytes: int
+    ) -> Iterator[tuple[int, list[memoryview]]]:
+        """The flat buffer of `arrays`, in layout order, in parts, without copying.
+
+        Yields:
+          The offset of each part and the pieces that it consists of; one empty part
+          for an empty buffer. All parts but the last have `part_bytes` bytes.
+
+        Raises:
+          LayoutError: An array has another shape or dtype than its tensor.
+        """
+        start, at = 0, 0
+        pieces: list[memoryview] = []
+        for spec, array in zip(self.tensors, arrays, strict=True):
+            for source in (_GAP[: spec.offset - at], _flat(spec, array).data):
+                taken = 0
+                while taken < len(source):
+                    piece = source[taken : taken + start + part_bytes - at]
+                    pieces.append(piece)
+                    taken, at = taken + len(piece), at + len(piece)
+                    if at == start + part_bytes:
+                        yield start, pieces
+                        start, pieces = at, []
+        if pieces or start == 0:
+            yield start, pieces
+
+
+def _flat(spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """The array's bytes, uint8, without a copy where it is contiguous."""
+    if array.shape != spec.shape or array.dtype != spec.dtype:
+        got = f"{array.dtype.name}[{','.join(map(str, array.shape))}]"
+        raise LayoutError(f"{spec.name} is {got}, the layout says {spec.describe()}")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def differences(ours: Layout, theirs: Layout, limit: int = 10) -> list[str]:

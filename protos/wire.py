@@ -41,18 +41,20 @@ class Framed(NamedTuple, Generic[M]):
     body: memoryview | None
 
 
-def frame(message: Message, body: memoryview | bytes | None = None) -> bytes:
-    """Serialise `message` with `body` as its `body` field. `message.body` must be unset.
+def frame(message: Message, *body: memoryview | bytes) -> bytes:
+    """Serialise `message` with the pieces of `body`, joined, as its `body` field.
+
+    Without a piece there is no body. `message.body` must be unset.
 
     Framed messages may be joined: the bytes of two messages of one type, one
     after the other, are the merged message (protobuf's own rule). The server
     puts a worker's ticket before weights that were encoded once for everyone.
     """
     head = message.SerializeToString()
-    if body is None:
+    if not body:
         return head
-    size = body.nbytes if isinstance(body, memoryview) else len(body)
-    return b"".join((head, bytes((_BODY_TAG,)), _varint(size), body))
+    size = sum(piece.nbytes if isinstance(piece, memoryview) else len(piece) for piece in body)
+    return b"".join((head, bytes((_BODY_TAG,)), _varint(size), *body))
 
 
 def unframe(kind: type[M], data: bytes) -> Framed[M]:

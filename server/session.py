@@ -116,9 +116,11 @@ class Session:
                 message, weights = self._outbox.popleft()
                 last = message.SerializeToString()
                 if weights is not None:
-                    *first, final = await self._encoder.parts(weights)
-                    for part in first:
-                        await self._write_one(part)
+                    final = b""
+                    async for part in self._encoder.parts(weights):
+                        if final:
+                            await self._write_one(final)
+                        final = part
                     last += final
                 await self._write_one(last)
                 if message.HasField("bye"):

@@ -59,13 +59,13 @@ class Link:
         self._call = rpc.Stub(self._channel).Exchange(iter(self._outgoing.get, None))
         threading.Thread(target=self._report, name="headwater-progress", daemon=True).start()
 
-    def send(self, message: pb.WorkerMessage, body: memoryview | None = None) -> None:
-        """Queue a message; blocks while the network is behind.
+    def send(self, message: pb.WorkerMessage, *body: memoryview) -> None:
+        """Queue a message, with the pieces of its body; blocks while the network is behind.
 
         Raises:
           Disconnected: The stream has ended.
         """
-        data = frame(message, body)
+        data = frame(message, *body)
         began = time.monotonic()
         while True:
             try:

@@ -22,7 +22,7 @@ from headwater.protos.assembly import Weights
 from headwater.protos.command import expected_run_id
 from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
 from headwater.protos.rpc import PROTOCOL
-from headwater.protos.wire import parts
+from headwater.protos.wire import PART_BYTES
 from headwater.worker.compute import fingerprint
 from headwater.worker.data import batch_rng
 from headwater.worker.gradient import AbstractGradientFunction, Gradient
@@ -82,7 +82,6 @@ class Worker:
             compute=fingerprint(),
         )
         self._weights = Weights(self._layout)
-        self._outgoing = self._layout.empty()
         self._compiled_for: tuple[object, ...] | None = None  # what decides it, of the welcome
         self._local_steps = 1
         self._gradient: AbstractGradientFunction | None = None
@@ -285,15 +284,13 @@ class Worker:
         self._say(gradient)
 
     def _push(self, link: Link, push: pb.Push, gradient: Gradient) -> None:
-        self._layout.pack(gradient.leaves, self._outgoing)
-        whole = self._outgoing.data
-        for start, end in parts(self._layout.total_bytes):
-            if start == 0:
+        for offset, pieces in self._layout.cut(gradient.leaves, PART_BYTES):
+            if offset == 0:
                 message = pb.WorkerMessage(push=push)
             else:
-                part = pb.PushPart(token=push.token, offset=start)
+                part = pb.PushPart(token=push.token, offset=offset)
                 message = pb.WorkerMessage(push_part=part)
-            link.send(message, whole[start:end])
+            link.send(message, *(pieces or (memoryview(b""),)))
             self._step()
 
     def _enter(self, phase: pb.Phase) -> None:

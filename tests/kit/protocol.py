@@ -256,7 +256,7 @@ class BareWorker:
     # ------------------------------------------------------------------- below
 
     def send(self, message: pb.WorkerMessage, body: bytes | None = None) -> None:
-        self.send_bytes(frame(message, body))
+        self.send_bytes(frame(message, *(() if body is None else (body,))))
 
     def send_bytes(self, data: bytes) -> None:
         """Anything at all, as one message."""

@@ -63,6 +63,33 @@ def test_what_is_packed_is_viewed_bit_for_bit(tensors: list[Tensor], seed: int) 
         assert view.tobytes() == array.tobytes()
 
 
+@quick
+@given(tensor_lists, st.integers(0, 2**32), st.integers(1, 300))
+def test_parts_that_are_cut_are_those_of_the_packed_buffer(
+    tensors: list[Tensor], seed: int, part_bytes: int
+) -> None:
+    layout = Layout.of(tensors)
+    arrays = [bits(dtype, shape, seed + i) for i, (_, dtype, shape) in enumerate(tensors)]
+    buffer = layout.empty()
+    layout.pack(arrays, buffer)
+
+    cut = [(offset, b"".join(pieces)) for offset, pieces in layout.cut(arrays, part_bytes)]
+
+    assert b"".join(part for _, part in cut) == buffer.tobytes()
+    assert [offset for offset, _ in cut] == list(range(0, max(len(buffer), 1), part_bytes))
+    assert all(len(part) == part_bytes for _, part in cut[:-1])
+
+
+def test_what_is_cut_is_not_copied_unless_it_is_not_contiguous() -> None:
+    layout = Layout.of([("a", F32, (300,)), ("b", F32, (2, 3))])
+    a, b = np.arange(300, dtype=F32), np.zeros((3, 2), F32).T
+
+    ((_, pieces),) = layout.cut([a, b], 1 << 20)
+
+    assert np.shares_memory(np.frombuffer(pieces[0], np.uint8), a)
+    assert b"".join(pieces)[-24:] == bytes(24)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_bit_pattern_of_a_byte_survives_in_every_dtype(name: str) -> None:
     pattern = np.arange(256, dtype=np.uint8)
@@ -128,6 +155,8 @@ def test_an_array_that_is_not_its_tensor_is_not_packed(array: np.ndarray, got: s
 
     with pytest.raises(LayoutError, match=rf"w is {got}, the layout says float32\[2,3\]"):
         layout.pack([array], layout.empty())
+    with pytest.raises(LayoutError, match=rf"w is {got}, the layout says float32\[2,3\]"):
+        list(layout.cut([array], 8))
 
 
 @quick

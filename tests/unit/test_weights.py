@@ -112,7 +112,7 @@ def test_a_model_of_any_size_crosses_in_parts_of_one_mebibyte(
     leaves = bits(layout, seed=0)
     weights = Weights(layout)
 
-    messages = encode(layout, published(7, leaves))
+    messages = list(encode(layout, published(7, leaves)))
     take(weights, messages[:-1])
     assert weights.version == -1  # not whole yet
     take(weights, messages[-1:])
@@ -144,7 +144,7 @@ def test_tensors_that_lie_across_parts_are_put_together() -> None:
 def test_every_part_says_which_version_of_which_incarnation_it_is() -> None:
     layout = Layout.of([("w", np.dtype(np.float32), (PART_BYTES // 2,))])
 
-    messages = encode(layout, published(7, bits(layout, seed=0)))
+    messages = list(encode(layout, published(7, bits(layout, seed=0))))
 
     for number, data in enumerate(messages):
         message = unframe(pb.PullReply, data).message
@@ -158,7 +158,7 @@ def test_a_model_without_a_single_number_is_one_empty_part() -> None:
     layout = Layout.of([("w", np.dtype(np.float32), (0, 3))])
     weights = Weights(layout)
 
-    messages = encode(layout, published(7, bits(layout, seed=0)))
+    messages = list(encode(layout, published(7, bits(layout, seed=0))))
     take(weights, messages)
 
     assert len(messages) == 1
