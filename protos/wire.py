@@ -81,13 +81,6 @@ def unframe(kind: type[M], data: bytes) -> Framed[M]:
     return Framed(message, body)
 
 
-def parts(total_bytes: int, part_bytes: int = PART_BYTES) -> Iterator[tuple[int, int]]:
-    """(start, end) of each part of a buffer; one empty part for an empty buffer."""
-    yield 0, min(part_bytes, total_bytes)
-    for start in range(part_bytes, total_bytes, part_bytes):
-        yield start, min(start + part_bytes, total_bytes)
-
-
 def _varint(value: int) -> bytes:
     out = bytearray()
     while value > 0x7F:

@@ -24,7 +24,7 @@ from headwater.protos import rpc
 from headwater.protos.assembly import Weights
 from headwater.protos.errors import REASON_KEY
 from headwater.protos.layout import Layout
-from headwater.protos.wire import PART_BYTES, frame, parts, unframe
+from headwater.protos.wire import PART_BYTES, frame, unframe
 
 if TYPE_CHECKING:
     from headwater import Task
@@ -195,7 +195,7 @@ class BareWorker:
         """
         if pieces is None:
             whole = bytes(self.layout.total_bytes) if gradient is None else bytes(gradient)
-            pieces = [(start, whole[start:end]) for start, end in parts(len(whole))]
+            pieces = slices(whole) or [(0, b"")]
         fields = {
             "token": ticket.token,
             "base": ticket.base,

@@ -351,9 +351,9 @@ class Sent:
         self.messages: list[pb.WorkerMessage] = []
         self.body = b""
 
-    def send(self, message: pb.WorkerMessage, body: memoryview | None = None) -> None:
+    def send(self, message: pb.WorkerMessage, *body: memoryview) -> None:
         self.messages.append(message)
-        self.body += bytes(body or b"")
+        self.body += b"".join(body)
 
 
 def worker(local_steps: int, inner_optimizer: str = "") -> tuple[Worker, Sent]:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos.wire import MalformedMessage, frame, parts, unframe
+from headwater.protos.wire import MalformedMessage, frame, unframe
 
 # The same examples every time and no limits of time: the verdict is about the code alone.
 steady = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -239,17 +239,3 @@ def test_what_both_can_read_is_read_as_the_generated_code_reads_it(kind: Any, da
 def test_a_malformed_message_says_where_it_breaks(data: bytes, message: str) -> None:
     with pytest.raises(MalformedMessage, match=message):
         unframe(pb.ServerMessage, data)
-
-
-@quick
-@given(st.integers(0, 500), st.integers(1, 60))
-def test_parts_cover_a_buffer_exactly_once_and_in_order(total: int, part: int) -> None:
-    cut = list(parts(total, part))
-
-    assert [at for start, end in cut for at in range(start, end)] == list(range(total))
-    assert all(end - start == part for start, end in cut[:-1])
-    assert all(start < end for start, end in cut) or cut == [(0, 0)]
-
-
-def test_an_empty_buffer_is_one_empty_part() -> None:
-    assert list(parts(0)) == [(0, 0)]
