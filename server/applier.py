@@ -24,7 +24,7 @@ from headwater.server.admission import Ticket
 from headwater.server.history import PLAIN, History, Line
 from headwater.server.journal import Journal, weights_crc
 from headwater.server.settings import Settings
-from headwater.server.store import Contribution, NotFinite, Published, Store
+from headwater.server.store import Contribution, Diverged, NotFinite, Published, Store
 
 log = logging.getLogger("headwater.server")
 
@@ -91,6 +91,7 @@ class Applier:
         self._noted_workers: set[str] = set()
         self._updates = 0
         self._updates_s = 0.0
+        self._diverged: Diverged | None = None  # then the log's last record made no version
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="headwater-applier", daemon=True)
         self._thread.start()
@@ -122,11 +123,14 @@ class Applier:
 
     def _do(self, job: Job) -> Published | None:
         store, journal = self._store, self._journal
-        if isinstance(job, Update):
-            return self._update(job.contributions)
         if isinstance(job, Check):
             store.check(job.gradient, job.loss)
             return None
+        if self._diverged is not None:
+            # What was queued behind it must not be logged after a version that never was.
+            raise self._diverged
+        if isinstance(job, Update):
+            return self._update(job.contributions)
         if isinstance(job, LeaveOut):
             position = job.ticket.position
             if journal is not None:
@@ -150,7 +154,11 @@ class Applier:
             journal.update(store.current, gradients, step)
         failpoints.reach("before-apply")
         began = time.monotonic()
-        published = store.move(step)
+        try:
+            published = store.move(step)
+        except Diverged as error:
+            self._diverged = error
+            raise
         self._updates, self._updates_s = (
             self._updates + 1, self._updates_s + time.monotonic() - began,
         )  # fmt: skip

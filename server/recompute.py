@@ -28,7 +28,7 @@ from headwater.server.plan import first_store
 from headwater.server.rounds import Rounds
 from headwater.server.settings import Settings
 from headwater.server.snapshots import handed_over
-from headwater.server.store import Contribution, NotFinite, Published, Store
+from headwater.server.store import Contribution, Diverged, NotFinite, Published, Store
 from headwater.server.survey import Survey
 from headwater.worker.gradient import AbstractGradientFunction
 from headwater.worker.load import LoadedTask
@@ -215,7 +215,7 @@ class Recomputation:
         try:
             with _on(self._servers_platform):
                 self.store.move(self.store.step(contributions))
-        except NotFinite as error:
+        except (NotFinite, Diverged) as error:
             text = f"its gradients have the same bits, and what they make is not finite: {error}"
             return Difference(line["v"], "update", text)
         self.lives = {self.current.incarnation}

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -319,3 +320,27 @@ def test_an_update_that_would_not_be_finite_ends_the_run_at_the_version_before(
         run.client.set({"learning_rate": 1.0})
         assert run.push() == 1.0
         assert float(run.client.pull()["w"][0]) == -2.0
+
+
+def test_what_is_queued_behind_an_update_that_diverged_is_not_applied(tmp_path: Path) -> None:
+    """Nor logged: what is acknowledged can be continued from."""
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        workers = [run.worker() for _ in range(3)]
+        tickets = [worker.ticket() for worker in workers]
+        run.push()
+        run.client.set({"learning_rate": 3e38})
+        run.client.pause()
+        for worker, ticket, size in zip(workers, tickets, (1e5, 0.0, 0.0), strict=True):
+            worker.push(ticket, (np.float32(size) * ONES).tobytes())
+            admitted = len(workers) - len(workers[workers.index(worker) + 1 :])
+            wait_for(lambda n=admitted: run.client.status()["batches_admitted"] == n, "it is held")
+        run.client.resume()
+        for worker in workers:
+            assert worker.bye().reason == pb.BYE_FAILED
+            assert worker.heard("outcome") == []
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        assert run.client.status()["version"] == 1
+        run.client.set({"learning_rate": 1.0})
+        assert run.push() == 1.0
