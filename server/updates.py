@@ -65,8 +65,10 @@ class Updates:
         self._buffers: dict[int, Bytes] = {}  # their gradients, until applied or left out
         self._told_held: set[int] = set()  # tickets whose outcome was HELD: the only one they get
         self._changes: dict[Change, asyncio.Future[Result]] = {}  # not in the weights yet
+        self._submitted = 0  # jobs that the applier has not answered
+        self._applies_held = True
         self.idle = asyncio.Event()
-        """Nothing is being applied."""
+        """Nothing is being applied, checked or changed."""
         self.idle.set()
         self._owed: Acknowledgements[tuple[Member, pb.Outcome]] = Acknowledgements(
             store.current.version
@@ -94,7 +96,12 @@ class Updates:
         self._pushes[ticket.number] = member, push
         self._buffers[ticket.number] = buffer
         if self._run.in_groups:
-            self.applier.submit(Check(ticket, buffer, push.loss))
+            self._submit(Check(ticket, buffer, push.loss))
+
+    def _submit(self, job: Job) -> None:
+        self._submitted += 1
+        self.idle.clear()
+        self.applier.submit(job)
 
     def apply_held(self) -> None:
         """Submit all whose turn it is."""
@@ -102,8 +109,7 @@ class Updates:
         for ticket in admission.too_stale(self._run.current.version):
             self._drop(ticket, f"--staleness {self._run.settings.staleness}")
         while (update := admission.next_to_apply(self._run.current.version)) is not None:
-            self.idle.clear()
-            self.applier.submit(Update(update, tuple(map(self._contribution, update))))
+            self._submit(Update(update, tuple(map(self._contribution, update))))
 
     def _contribution(self, ticket: Ticket) -> Contribution:
         member, push = self._pushes[ticket.number]
@@ -146,7 +152,7 @@ class Updates:
         self._run.settings = settings
         job = Change(settings)
         self._changes[job] = asyncio.get_running_loop().create_future()
-        self.applier.submit(job)
+        self._submit(job)
         return self._changes[job]
 
     def turn(self, dial: Dial) -> None:
@@ -158,9 +164,16 @@ class Updates:
 
     def _done(self, job: Job, result: Result) -> None:
         """What became of a job."""
+        self._submitted -= 1
         if isinstance(job, Check):
             self._checked(job, result)
-            return
+        else:
+            self._applied(job, result)
+        # Not before: an answer may have led to the next job.
+        if not self._submitted:
+            self.idle.set()
+
+    def _applied(self, job: Update | LeaveOut | Change, result: Result) -> None:
         if isinstance(result, Published):
             self._run.current = result
         if isinstance(job, Update):
@@ -176,8 +189,6 @@ class Updates:
             self._run.settings = self._run.current.settings
         self._keep_bases()
         self._acknowledge()
-        if not self._run.admission.applying_count:
-            self.idle.set()
         self._moved()
 
     def _checked(self, job: Check, result: Result) -> None:
@@ -194,7 +205,8 @@ class Updates:
             member, push = self._pushes[job.ticket.number]
             admission.checked(job.ticket)
             self._told_held.add(job.ticket.number)
-            self.apply_held()
+            if self._applies_held:
+                self.apply_held()
             self._tickets.answer(member, replies.held(push.token))
         self._moved()
 
@@ -269,8 +281,7 @@ class Updates:
             # Still being applied, as far as admission knows: as a batch left out.
             self._pushes[ticket.number] = member, push
             run.admission.leave_out(ticket)
-            self.idle.clear()
-            self.applier.submit(LeaveOut(ticket))
+            self._submit(LeaveOut(ticket))
         else:
             run.admission.refuse(ticket)
         if verdict is Verdict.QUARANTINE:
@@ -329,10 +340,11 @@ class Updates:
         """
         if self.journal is not None:
             self.journal.give_up()
+        self._applies_held = apply_held
         if apply_held:
             self._run.admission.paused = False
             self.apply_held()
-        await self.idle.wait()
+        await self.idle.wait()  # also for checks under way, which may complete a group
 
 
 def _on_loop(method: Callable[P, None]) -> Callable[P, None]:
