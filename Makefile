@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 SEED   ?= 1
+PEERS  ?= torch ray tensorflow
 
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -18,7 +19,7 @@ DEV     := $(VENV)/.dev
 BENCH   := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help run test soak lint format protos bench bench-consistency clean
+.PHONY: help run test soak lint format protos bench bench-peers bench-consistency clean
 
 help: ## list these targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12] [VENV=.venv]'
@@ -54,8 +55,11 @@ protos: $(DEV) ## generate the Python code of protos/parameter_server.proto
 	@$(call generate,build/protos)
 	@cp build/protos/headwater/protos/parameter_server_pb2.py* protos/
 
-bench: $(DEV) ## measure speed on this machine (ARGS: options of benchmarks/run.py)
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+bench: $(BENCH) ## measure speed on this machine (ARGS: options of benchmarks/run.py, and parts by name)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-peers: $(DEV) $(PEERS:%=build/peers/%/.installed) ## the same work by PyTorch RPC, Ray, TensorFlow (PEERS: which)
+	@$(BIN)/python -m benchmarks.peers.run --folder build/peers $(PEERS) $(ARGS)
 
 bench-consistency: $(BENCH) ## measure what staleness does, an hour (ARGS: options of benchmarks/consistency.py)
 	@$(BIN)/python -m benchmarks.consistency --plot build/consistency.png $(ARGS)
@@ -86,6 +90,13 @@ $(DEV): $(CREATED) pyproject.toml
 
 $(BENCH): $(DEV)
 	@$(PIP) install --editable '.[bench]'
+	@touch $@
+
+# Each in an environment of its own, to be thrown away.
+build/peers/%/.installed: benchmarks/peers/%.txt
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@echo "Installing $* into $(@D), once; it may be large."
+	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
 	@touch $@
 
 # Type checkers don't see an editable install, so show them the package as links.

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.kept import Kept, Run
-from benchmarks.run import SERVED_EPOCHS, training, until
+from benchmarks.serving import SERVED_EPOCHS, training, until
 from benchmarks.settings import BOUND, BYTES, CONVERGENCE, Setting
 from benchmarks.slowed import SLOWNESS_ENV
 from headwater.client.client import Client

@@ -11,15 +11,17 @@ import optax
 
 from headwater import ArrayData, Task
 
-TENSORS = 8
+OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 
 
-def task(megabytes: int = 40, updates: int = 400) -> Task:
-    """`megabytes` of float32 parameters (1 MB is 10**6 bytes) in 8 tensors, under SGD."""
-    size = megabytes * 1_000_000 // 4 // TENSORS
+def task(
+    parameters: int = 10_000_000, tensors: int = 10, optimizer: str = "sgd", updates: int = 1000
+) -> Task:
+    """`parameters` float32 numbers in equal `tensors`; a loss that is linear in them."""
+    size = parameters // tensors
 
     def init(key: jax.Array) -> Any:
-        return {f"tensor{number}": jnp.ones(size) for number in range(TENSORS)}
+        return {f"tensor{number}": jnp.ones(size) for number in range(tensors)}
 
     def loss(params: Any, batch: Any, key: jax.Array) -> jax.Array:
         return jnp.stack([jnp.sum(leaf) for leaf in params.values()]).sum() * 1e-9
@@ -28,6 +30,6 @@ def task(megabytes: int = 40, updates: int = 400) -> Task:
         init=init,
         loss=loss,
         data=lambda: ArrayData(index=np.arange(updates)),
-        optimizer=optax.sgd(1e-3),
+        optimizer=OPTIMIZERS[optimizer](1e-3),
         batch_size=1,
     )

@@ -1,6 +1,6 @@
 """The loop that a user without Headwater writes: one process, one jitted step, the same batches.
 
-Prints its updates per second. Run by run.py in a process of its own.
+Prints its updates per second. Run by updates.py in a process of its own.
 """
 
 from __future__ import annotations

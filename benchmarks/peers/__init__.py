@@ -1,0 +1,1 @@
+"""The same work by others: `make bench-peers`. Headwater is not installed where they run."""
