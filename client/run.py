@@ -145,7 +145,10 @@ class Training:
         for number in range(1, self.workers + 1):
             self._start(
                 f"worker-{number}", "worker",
-                ["--server", address, "--name", f"worker-{number}", *self._platform_option()],
+                [
+                    "--server", address, "--name", f"worker-{number}",
+                    *self._platform_option(), *self._transport_option(),
+                ],
                 environment=environment,
             )  # fmt: skip
         count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
@@ -296,6 +299,10 @@ class Training:
 
     def _platform_option(self) -> list[str]:
         return ["--platform", self.platform] if self.platform else []
+
+    def _transport_option(self) -> list[str]:
+        transport = _option(self.server_options, "--transport")
+        return ["--transport", transport] if transport else []
 
     def _share_of_machine(self) -> dict[str, str]:
         """Environment that gives each process its share of the cores, and of a shared GPU."""

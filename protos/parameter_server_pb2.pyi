@@ -225,7 +225,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ..., compute: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer")
+    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer", "same_host")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +238,7 @@ class Welcome(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     INNER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    SAME_HOST_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     worker_id: int
     name: str
@@ -250,7 +251,16 @@ class Welcome(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     local_steps: int
     inner_optimizer: str
-    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ...) -> None: ...
+    same_host: SameHost
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., same_host: _Optional[_Union[SameHost, _Mapping]] = ...) -> None: ...
+
+class SameHost(_message.Message):
+    __slots__ = ("socket", "key")
+    SOCKET_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    socket: str
+    key: bytes
+    def __init__(self, socket: _Optional[str] = ..., key: _Optional[bytes] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("compile_s",)
@@ -267,7 +277,7 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Push(_message.Message):
-    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s")
+    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s", "slot")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +292,7 @@ class Push(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
     token: Token
     base: int
     incarnation: int
@@ -289,7 +300,8 @@ class Push(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     compute_s: float
     load_s: float
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ...) -> None: ...
+    slot: int
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ..., slot: _Optional[int] = ...) -> None: ...
 
 class PushPart(_message.Message):
     __slots__ = ("token", "offset")
@@ -304,7 +316,7 @@ class Leave(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerMessage(_message.Message):
-    __slots__ = ("stamp", "welcome", "outcome", "weights", "lease", "ticket", "bye", "body")
+    __slots__ = ("stamp", "welcome", "outcome", "weights", "lease", "ticket", "bye", "new_slots", "gone_slots", "body")
     STAMP_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +324,8 @@ class ServerMessage(_message.Message):
     LEASE_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
+    NEW_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    GONE_SLOTS_FIELD_NUMBER: _ClassVar[int]
     BODY_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     welcome: Welcome
@@ -320,18 +334,22 @@ class ServerMessage(_message.Message):
     lease: Lease
     ticket: Ticket
     bye: Bye
+    new_slots: _containers.RepeatedScalarFieldContainer[int]
+    gone_slots: _containers.RepeatedScalarFieldContainer[int]
     body: bytes
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., body: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., new_slots: _Optional[_Iterable[int]] = ..., gone_slots: _Optional[_Iterable[int]] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class WeightsPart(_message.Message):
-    __slots__ = ("version", "offset", "total_bytes")
+    __slots__ = ("version", "offset", "total_bytes", "slot")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
     version: int
     offset: int
     total_bytes: int
-    def __init__(self, version: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+    slot: int
+    def __init__(self, version: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., slot: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("id", "indices")
@@ -350,16 +368,18 @@ class Lease(_message.Message):
     def __init__(self, granted: _Optional[_Iterable[_Union[Batch, _Mapping]]] = ..., withdrawn: _Optional[_Iterable[_Union[BatchId, _Mapping]]] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("token", "batches", "base", "deadline_s")
+    __slots__ = ("token", "batches", "base", "deadline_s", "gradient_slot")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_SLOT_FIELD_NUMBER: _ClassVar[int]
     token: Token
     batches: _containers.RepeatedCompositeFieldContainer[BatchId]
     base: int
     deadline_s: float
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., batches: _Optional[_Iterable[_Union[BatchId, _Mapping]]] = ..., base: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    gradient_slot: int
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., batches: _Optional[_Iterable[_Union[BatchId, _Mapping]]] = ..., base: _Optional[int] = ..., deadline_s: _Optional[float] = ..., gradient_slot: _Optional[int] = ...) -> None: ...
 
 class Outcome(_message.Message):
     __slots__ = ("token", "code", "version", "staleness", "rejected_for", "message")
@@ -593,7 +613,7 @@ class Rejected(_message.Message):
     def __init__(self, stale: _Optional[int] = ..., lease_lost: _Optional[int] = ..., duplicate: _Optional[int] = ..., nonfinite: _Optional[int] = ..., malformed: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "name", "host", "platform", "devices", "state", "gradients", "examples_per_second", "staleness_mean", "pid", "compute_s", "connected_s", "staleness", "times", "leased")
+    __slots__ = ("id", "name", "host", "platform", "devices", "state", "gradients", "examples_per_second", "staleness_mean", "pid", "compute_s", "connected_s", "staleness", "times", "leased", "transport")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -609,6 +629,7 @@ class WorkerStatus(_message.Message):
     STALENESS_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     LEASED_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     id: int
     name: str
     host: str
@@ -624,7 +645,8 @@ class WorkerStatus(_message.Message):
     staleness: Staleness
     times: Times
     leased: int
-    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., gradients: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., staleness_mean: _Optional[float] = ..., pid: _Optional[int] = ..., compute_s: _Optional[float] = ..., connected_s: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., leased: _Optional[int] = ...) -> None: ...
+    transport: str
+    def __init__(self, id: _Optional[int] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., state: _Optional[str] = ..., gradients: _Optional[int] = ..., examples_per_second: _Optional[float] = ..., staleness_mean: _Optional[float] = ..., pid: _Optional[int] = ..., compute_s: _Optional[float] = ..., connected_s: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., leased: _Optional[int] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class PauseRequest(_message.Message):
     __slots__ = ()

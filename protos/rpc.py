@@ -8,7 +8,7 @@ serialised by protobuf.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 from google.protobuf import message_factory
@@ -24,6 +24,10 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 SERVER_ENV = "HEADWATER_SERVER"
 """The environment variable that names the server where --server does not."""
+
+Transport = Literal["auto", "grpc", "shm"]
+"""How tensors travel between a server and a worker on one machine: auto is through
+shared memory where that is possible."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServer"]
 SERVICE_NAME = _SERVICE.full_name

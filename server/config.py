@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from headwater.protos.errors import UsageError
-from headwater.protos.rpc import DEFAULT_ADDRESS, split_address
+from headwater.protos.rpc import DEFAULT_ADDRESS, Transport, split_address
 from headwater.server.dial import Dial
 from headwater.server.staleness import StalenessPolicy
 
@@ -28,6 +28,9 @@ class ServerConfig:
 
     insecure: bool = False
     """Allow other machines to connect in clear text, and anyone who can reach the port."""
+
+    transport: Transport = "auto"
+    """How tensors reach workers on this machine; shm insists on shared memory."""
 
     run_dir: Path | None = None
     """Where the run is kept; by default runs/<task>-<run id>."""

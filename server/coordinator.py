@@ -21,13 +21,13 @@ from typing import Any
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
-from headwater.protos.layout import Bytes
 from headwater.server import replies
 from headwater.server.admission import Ticket, Unwanted
 from headwater.server.history import History
 from headwater.server.roster import Member
 from headwater.server.run_state import Run
 from headwater.server.session import Session
+from headwater.server.staging import Staged
 from headwater.server.steering import Steering
 from headwater.server.store import Store
 from headwater.server.tickets import Tickets
@@ -174,14 +174,14 @@ class Coordinator:
         self._not_wanted(member, token)
         return False
 
-    def received(self, member: Member, ticket: Ticket, push: pb.Push, buffer: Bytes) -> None:
+    def received(self, member: Member, ticket: Ticket, push: pb.Push, staged: Staged) -> None:
         """The whole gradient is here."""
         step_s = self.run.clock() - member.granted_time
-        member.step_s.append(step_s)
+        member.steps_s.add(step_s)
         member.times.pushed(push.load_s, push.compute_s, step_s)
         member.phase = "waiting"
         member.hung = False
-        self.updates.received(member, ticket, push, buffer)
+        self.updates.received(member, ticket, push, staged)
         self._pump()
 
     def reject_malformed(

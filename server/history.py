@@ -7,7 +7,9 @@ history.jsonl, a JSON object a line. Each has `v`, the version after it:
     {"v": 7, "worker": "2.1", "compute": {}}   a worker that the lines after it name
     {"v": 8, "u": [[3, 6, "2.1", 123]], "w": 456}   an update: of each of its gradients the
                                                round, the base, the worker, and the CRC32C
-                                               as it was pushed; the CRC32C of the weights after
+                                               as it was pushed; the CRC32C of the weights
+                                               after. Of a large model null and none but at
+                                               every so many versions
     {"v": 8, "out": 4}                         a round that was left out
     {"v": 8, "set": {...}}                     the settings from here on
     {"v": 9, "gap": 3}                         what came since version 3 was not written

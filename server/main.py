@@ -21,7 +21,7 @@ from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.server import failpoints
 from headwater.server.config import ServerConfig
 from headwater.worker import compute
-from headwater.worker.options import TaskArg, TaskOptions
+from headwater.worker.options import TaskArg, TaskOptions, TransportOption
 from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def server(
             "the worker's own slowest steps.",
         ),
     ] = ServerConfig.ticket_timeout_s,
+    transport: TransportOption = "auto",
     platform: Annotated[
         str, typer.Option(metavar="cpu|gpu|tpu", help="Where the optimizer runs.")
     ] = "cpu",
@@ -167,6 +168,7 @@ def server(
         max_staged_bytes=max_staged_bytes,
         session_timeout_s=session_timeout,
         ticket_timeout_s=ticket_timeout,
+        transport=transport,
     )
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
     if (consistency or _recorded_consistency(run_dir)).startswith("sync"):

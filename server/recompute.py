@@ -194,7 +194,7 @@ class Recomputation:
         contributions = []
         for number, (position, base, worker, crc, *marks) in enumerate(line["u"]):
             loss, gradient = self._computed(position, base, number)
-            if (found := crc32c(gradient.data)) != crc:
+            if crc is not None and (found := crc32c(gradient.data)) != crc:
                 return Difference(
                     line["v"],
                     "gradient",

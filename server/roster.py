@@ -24,6 +24,9 @@ FIRST_RESERVE = 8
 MAX_RESERVE = 8
 """More would keep batches that were refused from those who have yet to try them."""
 
+SORTED_SHARE = 10
+"""A worker's times are sorted again when a tenth of them is new."""
+
 _PHASES = {
     pb.PHASE_COMPILING: "compiling",
     pb.PHASE_WAITING: "waiting",
@@ -31,6 +34,29 @@ _PHASES = {
     pb.PHASE_COMPUTING: "computing",
     pb.PHASE_SENDING: "sending",
 }
+
+
+class StepTimes:
+    """Seconds that a worker's last steps took, and how they lie, as of a moment ago."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=200)
+        self._unsorted = 0
+        self.p99 = 0.0
+        self.median = 0.0
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def add(self, *seconds: float) -> None:
+        self._last.extend(seconds)
+        self._unsorted += len(seconds)
+        # Sorting them for each would take longer than issuing the ticket.
+        if self._unsorted > len(self._last) // SORTED_SHARE:
+            self._unsorted = 0
+            ranked = sorted(self._last)
+            self.p99 = ranked[math.ceil(0.99 * len(ranked)) - 1]
+            self.median = statistics.median(ranked)
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,25 +81,24 @@ class Member:
     staleness: Histogram = dataclasses.field(default_factory=Histogram)
     examples: Rate = dataclasses.field(default_factory=Rate)
     gradients: int = 0
-    step_s: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=200))
-    """Seconds from ticket to whole gradient, of the last pushes."""
+    steps_s: StepTimes = dataclasses.field(default_factory=lambda: StepTimes())
+    """From ticket to whole gradient."""
     times: Times = dataclasses.field(default_factory=Times)
+    transport: str = "grpc"
+    """How its tensors travel."""
 
     def set_phase(self, phase: pb.Phase) -> None:
         self.phase = _PHASES.get(phase, self.phase)
 
     def deadline_s(self, least_s: float) -> float:
         """Seconds a ticket of this worker may go without progress."""
-        if not self.step_s:
-            return least_s
-        p99 = sorted(self.step_s)[math.ceil(0.99 * len(self.step_s)) - 1]
-        return max(least_s, 10 * p99)
+        return max(least_s, 10 * self.steps_s.p99)
 
     def reserve(self, lease_s: float) -> int:
         """Tickets' worth of batches to reserve for it: what it computes in about `lease_s`."""
-        if not self.step_s:
+        if not self.steps_s:
             return FIRST_RESERVE
-        step_s = max(statistics.median(self.step_s), 1e-6)
+        step_s = max(self.steps_s.median, 1e-6)
         return max(1, min(MAX_RESERVE, round(lease_s / step_s)))
 
     def status(self, now: float, quarantined: bool, leased: int) -> pb.WorkerStatus:
@@ -93,6 +118,7 @@ class Member:
             staleness=self.staleness.message(),
             times=self.times.message(),
             leased=leased,
+            transport=self.transport,
         )
 
 

@@ -26,11 +26,14 @@ from headwater.protos import rpc
 from headwater.protos.rpc import join_address, split_address
 from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
+from headwater.server.door import open_door
 from headwater.server.encoder import Encoder
 from headwater.server.prepare import PortTaken, Prepared
 from headwater.server.run_state import Run
 from headwater.server.saver import Saver
 from headwater.server.service import Service
+from headwater.server.session import Ways
+from headwater.server.slots import VersionSlots
 from headwater.server.snapshots import arrays_of
 from headwater.server.status import status
 from headwater.server.store import Published
@@ -76,7 +79,9 @@ class Serving:
         self._prepared = prepared
         self._stopping = asyncio.Event()
         self._done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        self._encoder = Encoder(prepared.store.layout)
+        layout = prepared.store.layout
+        door = open_door(prepared.config.transport)
+        self._ways = Ways(Encoder(layout), VersionSlots(layout), door)
         self._health = health.aio.HealthServicer()
         self._grace_ends = 0.0
         self.run_state = Run(
@@ -125,7 +130,7 @@ class Serving:
         run, config = self.run_state, self._prepared.config
         server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
         service = Service(
-            self._coordinator, self._encoder, self._saver, self.stop, self._log_evaluation
+            self._coordinator, self._ways, self._saver, self.stop, self._log_evaluation
         )
         server.add_generic_rpc_handlers((rpc.handlers(service),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -155,7 +160,7 @@ class Serving:
                 ended = await self._end()
         finally:
             await server.stop(CLOSE_TIMEOUT_S)
-            self._encoder.close()
+            self._ways.close()
             await asyncio.to_thread(self._close_applier)
         self._log_end(ended, first)
         return ended

@@ -20,9 +20,8 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import REASON_KEY, Reason, Refused
 from headwater.protos.wire import frame
 from headwater.server.coordinator import Coordinator
-from headwater.server.encoder import Encoder
 from headwater.server.saver import Saver
-from headwater.server.session import Session
+from headwater.server.session import Session, Ways
 from headwater.server.status import status
 
 log = logging.getLogger("headwater.server")
@@ -65,21 +64,21 @@ class Service:
     def __init__(
         self,
         coordinator: Coordinator,
-        encoder: Encoder,
+        ways: Ways,
         saver: Saver,
         on_stop: Callable[[], None],
         on_evaluation: Callable[[pb.EvaluationReport], None],
     ) -> None:
         self._coordinator = coordinator
         self._run = coordinator.run
-        self._encoder = encoder
+        self._ways = ways
         self._saver = saver
         self._on_stop = on_stop
         self._on_evaluation = on_evaluation
 
     @_answered
     async def Exchange(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        await Session(self._coordinator, self._encoder, context).run(requests)
+        await Session(self._coordinator, self._ways, context).run(requests)
 
     @_answered
     async def Pull(self, request: pb.PullRequest, context: Context) -> None:
@@ -104,7 +103,7 @@ class Service:
         head = frame(first)
         # Alone, because the layout of a model with many tensors is itself large.
         await self._write(context, head)
-        async for part in self._encoder.parts(published):
+        async for part in self._ways.encoder.parts(published):
             await self._write(context, part)
 
     async def _wait(self, request: pb.PullRequest) -> None:

@@ -4,14 +4,20 @@ Reading and writing are separate tasks, so that a worker that is slow to take
 its weights can still be heard. Gradients are put together here, part by part,
 in staging memory that the coordinator hands out; what they mean is decided
 there. Nothing a peer sends is trusted before it was checked.
+
+A worker on this machine may come in through the door (door.py): then its messages,
+and ours to it, go over a line of its own, and tensors through shared memory. The
+stream stays what it was: the worker's membership.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,15 +25,19 @@ import numpy as np
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
-from headwater.protos.layout import Bytes
 from headwater.protos.wire import PART_BYTES, MalformedMessage, unframe
 from headwater.server.admission import Ticket
+from headwater.server.door import Door, ServerLine
 from headwater.server.encoder import Encoder
 from headwater.server.roster import Member
+from headwater.server.slots import GradientSlots, Slot, VersionSlots
+from headwater.server.staging import Staged
 from headwater.server.store import Published
 
 if TYPE_CHECKING:
     from headwater.server.coordinator import Coordinator
+
+log = logging.getLogger("headwater.server")
 
 WRITE_TIMEOUT_S = 30.0
 """Seconds that a message of about 1 MiB may take to leave: a slower reader is cut."""
@@ -41,17 +51,35 @@ class _Incoming:
 
     ticket: Ticket
     push: pb.Push
-    buffer: Bytes
+    staged: Staged
     received: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """How tensors leave the server; shared by all sessions."""
+
+    encoder: Encoder
+    versions: VersionSlots
+    door: Door | None
+    """None: there is none for anybody."""
+
+    def close(self) -> None:
+        self.encoder.close()
+        if self.door is not None:
+            self.door.close()
 
 
 class Session:
     """A worker's stream from hello to its end. `run` does it all."""
 
-    def __init__(self, coordinator: Coordinator, encoder: Encoder, context: Context) -> None:
+    def __init__(self, coordinator: Coordinator, ways: Ways, context: Context) -> None:
         self._coordinator = coordinator
-        self._encoder = encoder
+        self._ways = ways
         self._context = context
+        self._line: _SharedLine | None = None
+        self._offer: pb.SameHost | None = None
+        # Its first is being sent; taken out when it has left.
         self._outbox: deque[tuple[pb.ServerMessage, Published | None]] = deque()
         self._outbox_filled = asyncio.Event()
         self._over: asyncio.Future[Refused | None] = asyncio.get_running_loop().create_future()
@@ -62,14 +90,21 @@ class Session:
     # --------------------------------------------- what the coordinator calls
 
     def send(self, message: pb.ServerMessage, weights: Published | None = None) -> None:
-        """Queue a message, with a version's weights before its ticket."""
+        """Send a message, with a version's weights before its ticket; or queue it."""
+        if message.HasField("welcome") and self._ways.door is not None:
+            self._offer = self._ways.door.offer(self._attach)
+            message.welcome.same_host.CopyFrom(self._offer)
+        line = self._line
+        if line is not None and not self._outbox and line.send_at_once(message, weights):
+            self._sent_time = self._coordinator.run.clock()
+            return
         self._outbox.append((message, weights))
         self._outbox_filled.set()
 
     def quiet_for(self, seconds: float) -> bool:
         """Whether nothing was sent for so long, and nothing is about to be."""
         idle_s = self._coordinator.run.clock() - self._sent_time
-        return not self._outbox_filled.is_set() and idle_s > seconds
+        return not self._outbox and idle_s > seconds
 
     def end(self, reason: Reason, message: str) -> None:
         """End the stream with a refusal."""
@@ -107,51 +142,106 @@ class Session:
                 if self._member is not None:
                     self._coordinator.lost(self._member)
                 self._drop_incoming()
+                self._leave_line()
+
+    # --------------------------------------------------------------- same host
+
+    def _attach(self, connection: ServerLine) -> None:
+        """The worker has come in through the door: go on over its line."""
+        assert self._member is not None
+        self._offer = None
+        self._line = _SharedLine(connection, self._ways.versions, self._coordinator)
+        self._member.transport = "shm"
+        connection.on_message = self._line_read
+        connection.on_end = self._line_ended
+        self.send(pb.ServerMessage(stamp=self._coordinator.run.stamp()))
+
+    def _line_read(self, data: bytes) -> None:
+        if self._over.done():
+            return
+        try:
+            self._take(data)
+        except Exception as error:
+            self._over.set_exception(error)
+
+    def _line_ended(self, error: Exception | None) -> None:
+        if self._over.done():
+            return
+        if isinstance(error, MalformedMessage):
+            self._over.set_result(Refused(Reason.MALFORMED, str(error)))
+        else:
+            self._over.set_result(None)
+
+    def _leave_line(self) -> None:
+        if self._offer is not None and self._ways.door is not None:
+            self._ways.door.withdraw(self._offer)
+        if self._line is not None:
+            self._line.close()
 
     async def _write(self) -> None:
         """Send what is queued; returns when bye has been sent."""
         while True:
             await self._outbox_filled.wait()
             while self._outbox:
-                message, weights = self._outbox.popleft()
-                last = message.SerializeToString()
-                if weights is not None:
-                    final = b""
-                    async for part in self._encoder.parts(weights):
-                        if final:
-                            await self._write_one(final)
-                        final = part
-                    last += final
-                await self._write_one(last)
+                message, weights = self._outbox[0]
+                if self._line is not None:
+                    await self._write_on_line(self._line, message, weights)
+                else:
+                    await self._write_parts(self._write_one, message, weights)
+                self._outbox.popleft()
                 if message.HasField("bye"):
                     return
             self._outbox_filled.clear()
 
+    async def _write_on_line(
+        self, line: _SharedLine, message: pb.ServerMessage, weights: Published | None
+    ) -> None:
+        slot = await line.share(weights) if weights is not None else None
+        if weights is not None and slot is None:
+            await self._write_parts(line.write_part, message, weights)
+        else:
+            line.send(message, weights, slot)
+            await line.drain()
+        self._sent_time = self._coordinator.run.clock()
+
+    async def _write_parts(
+        self,
+        write: Callable[[bytes], Awaitable[None]],
+        message: pb.ServerMessage,
+        weights: Published | None,
+    ) -> None:
+        last = message.SerializeToString()
+        if weights is not None:
+            final = b""
+            async for part in self._ways.encoder.parts(weights):
+                if final:
+                    await write(final)
+                final = part
+            last += final
+        await write(last)
+
     async def _write_one(self, data: bytes) -> None:
-        try:
-            # Not wait_for: before Python 3.12 it may lose the cancellation of this task.
-            async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await self._context.write(data)
-        except TimeoutError:
-            raise Refused(
-                Reason.SLOW_READER, f"{len(data)} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"
-            ) from None
+        async with _slow_reader(len(data)):
+            await self._context.write(data)
         self._coordinator.run.figures.bytes_out += len(data)
         self._sent_time = self._coordinator.run.clock()
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         """Handle what comes, until the worker ends its side."""
         async for data in requests:
-            self._coordinator.run.figures.bytes_in += len(data)
-            try:
-                message, body = unframe(pb.WorkerMessage, data)
-            except MalformedMessage as error:
-                raise Refused(Reason.MALFORMED, str(error)) from None
-            if self._member is None:
-                self._member = self._join(message)
-            else:
-                self._coordinator.heard(self._member)
-                self._handle(self._member, message, body)
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        self._coordinator.run.figures.bytes_in += len(data)
+        try:
+            message, body = unframe(pb.WorkerMessage, data)
+        except MalformedMessage as error:
+            raise Refused(Reason.MALFORMED, str(error)) from None
+        if self._member is None:
+            self._member = self._join(message)
+        else:
+            self._coordinator.heard(self._member)
+            self._handle(self._member, message, body)
 
     def _join(self, message: pb.WorkerMessage) -> Member:
         if message.WhichOneof("kind") != "hello":
@@ -179,10 +269,32 @@ class Session:
         if self._incoming is not None:
             missing = self._coordinator.run.layout.total_bytes - self._incoming.received
             self._reject(member, f"a new push began while {missing} bytes of the last were missing")
+        written = None
+        if self._line is not None:
+            written = self._line.pushed(push)
+            member.has_version = -1  # it let go of those weights
         ticket = self._coordinator.admit(member, push)
-        if ticket is not None:
+        if push.slot and ticket is not None and written is None:
+            self._coordinator.reject_malformed(
+                member, ticket, push.token, f"slot {push.slot} is not its ticket's"
+            )
+        elif push.slot:
+            self._take_slot(member, ticket, push, written)
+        elif ticket is not None:
             self._incoming = _Incoming(ticket, push, self._coordinator.run.staging.take())
             self._take_bytes(member, 0, body)
+
+    def _take_slot(
+        self, member: Member, ticket: Ticket | None, push: pb.Push, written: Staged | None
+    ) -> None:
+        """A gradient that is whole in shared memory."""
+        if ticket is None or not self._coordinator.still_wanted(member, ticket, push.token):
+            if written is not None:
+                written.give_back()
+            return
+        assert written is not None
+        self._coordinator.run.figures.bytes_in += len(written.buffer)
+        self._coordinator.received(member, ticket, push, written)
 
     def _add_part(self, member: Member, part: pb.PushPart, body: memoryview | None) -> None:
         incoming = self._incoming
@@ -195,7 +307,7 @@ class Session:
     def _take_bytes(self, member: Member, offset: int, body: memoryview | None) -> None:
         incoming = self._incoming
         assert incoming is not None
-        total = len(incoming.buffer)
+        total = len(incoming.staged.buffer)
         size = len(body) if body is not None else 0
         end = offset + size
         if not self._coordinator.still_wanted(member, incoming.ticket, incoming.push.token):
@@ -214,11 +326,11 @@ class Session:
             self._reject(member, "a part has no body")
         else:
             if body is not None and size:
-                incoming.buffer[offset:end] = np.frombuffer(body, np.uint8)
+                incoming.staged.buffer[offset:end] = np.frombuffer(body, np.uint8)
             incoming.received = end
             if end == total:
                 self._incoming = None
-                self._coordinator.received(member, incoming.ticket, incoming.push, incoming.buffer)
+                self._coordinator.received(member, incoming.ticket, incoming.push, incoming.staged)
 
     def _reject(self, member: Member, message: str) -> None:
         incoming = self._incoming
@@ -228,8 +340,120 @@ class Session:
 
     def _drop_incoming(self) -> None:
         if self._incoming is not None:
-            self._coordinator.run.staging.give_back(self._incoming.buffer)
+            self._incoming.staged.give_back()
             self._incoming = None
+
+
+class _SharedLine:
+    """A worker's line, and the memory that it shares with the server."""
+
+    def __init__(
+        self, connection: ServerLine, versions: VersionSlots, coordinator: Coordinator
+    ) -> None:
+        self._connection = connection
+        self._versions = versions
+        self._coordinator = coordinator
+        self._gradients = GradientSlots(coordinator.run.layout)
+        self._reads: dict[int, Slot] = {}  # by version; until the push that is based on it
+        self._known: set[int] = set()  # slots that the worker was given
+        self._dropped = 0  # slots that were gone when it was last told of such
+
+    def send_at_once(self, message: pb.ServerMessage, weights: Published | None) -> bool:
+        """Send a message if it takes no waiting; else nothing was sent."""
+        if not self._connection.is_drained or message.HasField("bye"):
+            return False
+        slot = None
+        if weights is not None:
+            with contextlib.suppress(OSError):  # no memory: they go in parts
+                slot = self._versions.ready(weights)
+            if slot is None:
+                return False
+        self.send(message, weights, slot)
+        return True
+
+    async def share(self, weights: Published) -> Slot | None:
+        """The slot for weights to be sent; None if there is no memory for them."""
+        try:
+            return await self._versions.share(weights)
+        except OSError as error:
+            log.warning("no memory to share with workers on this machine: %s", error)
+            return None
+
+    def send(self, message: pb.ServerMessage, weights: Published | None, slot: Slot | None) -> None:
+        """Send a message, with the weights in `slot`."""
+        used = []
+        if weights is not None and slot is not None:
+            slot.readers += 1
+            self._reads[weights.version] = slot
+            used.append(slot)
+            size = self._coordinator.run.layout.total_bytes
+            message.weights.version, message.weights.slot = weights.version, slot.number
+            message.weights.total_bytes = size
+            self._coordinator.run.figures.bytes_out += size
+        if message.HasField("ticket"):
+            with contextlib.suppress(OSError):  # no memory: then the gradient comes in parts
+                slot = self._gradients.assign(message.ticket.token.number)
+                message.ticket.gradient_slot = slot.number
+                used.append(slot)
+        new = [slot for slot in used if slot.number not in self._known]
+        message.new_slots.extend(slot.number for slot in new)
+        self._known.update(message.new_slots)
+        self._tell_what_is_gone(message)
+        self._send(message.SerializeToString(), [slot.memory.descriptor for slot in new])
+
+    async def write_part(self, data: bytes) -> None:
+        """Send bytes that carry tensors themselves."""
+        self._send(data)
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Returns when all that was sent has left."""
+        async with _slow_reader(PART_BYTES):
+            await self._connection.drain()
+
+    def pushed(self, push: pb.Push) -> Staged | None:
+        """The worker has let go of the push's weights; where its gradient is."""
+        slot = self._reads.pop(push.base, None)
+        if slot is not None:
+            self._versions.release(slot)
+        written = self._gradients.written(push.token.number)
+        if written is None:
+            return None
+        give_back = self._gradients.give_back(written)
+        if written.number != push.slot:
+            give_back()
+            return None
+        return Staged(written.array, give_back, is_shared=True)
+
+    def close(self) -> None:
+        for slot in self._reads.values():
+            self._versions.drop(slot)
+        self._reads.clear()
+        self._connection.close()
+
+    def _tell_what_is_gone(self, message: pb.ServerMessage) -> None:
+        dropped = self._versions.dropped + self._gradients.dropped
+        if dropped != self._dropped:
+            self._dropped = dropped
+            gone = self._known - self._versions.alive - self._gradients.alive
+            message.gone_slots.extend(gone)
+            self._known -= gone
+
+    def _send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        self._coordinator.run.figures.bytes_out += len(data)
+        self._connection.send(data, descriptors)
+
+
+@contextlib.asynccontextmanager
+async def _slow_reader(size: int) -> AsyncIterator[None]:
+    try:
+        # Not wait_for: before Python 3.12 it may lose the cancellation of this task.
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            yield
+    except TimeoutError:
+        raise Refused(
+            Reason.SLOW_READER, f"{size} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"
+        ) from None
 
 
 def _check_size(size: int) -> None:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 from headwater.protos.layout import Bytes, Layout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Staged:
+    """A gradient's memory."""
+
+    buffer: Bytes
+    """Of `layout.total_bytes`."""
+    give_back: Callable[[], None]
+    """Nobody reads it any more."""
+    is_shared: bool = False
+    """Whether the worker can still write it."""
 
 
 class Staging:
@@ -17,11 +32,11 @@ class Staging:
         self._layout = layout
         self._free: list[Bytes] = []
 
-    def take(self) -> Bytes:
-        """A buffer of `layout.total_bytes`. Its old contents may still be in it."""
-        return self._free.pop() if self._free else self._layout.empty()
+    def take(self) -> Staged:
+        """A buffer; its old contents may still be in it."""
+        buffer = self._free.pop() if self._free else self._layout.empty()
+        return Staged(buffer, lambda: self._give_back(buffer))
 
-    def give_back(self, buffer: Bytes) -> None:
-        """The buffer is no longer read by anyone."""
+    def _give_back(self, buffer: Bytes) -> None:
         if len(self._free) < min(self.slots, 8):
             self._free.append(buffer)

@@ -66,6 +66,8 @@ class Contribution:
     """As the history names it."""
     base_leaves: tuple[jax.Array, ...] | None = None
     """The weights of that version, where the staleness policy needs them."""
+    is_shared: bool = False
+    """Whether its worker could still write it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,20 +173,20 @@ class Store:
         fresh = Contribution(position, self.current.version, 1, loss, gradient)
         return self.move(self.step([fresh]))
 
-    def check(self, gradient: Bytes, loss: float) -> None:
-        """Whether `move` may have them.
+    def check(self, leaves: Leaves, loss: float) -> None:
+        """Whether `move` will take a gradient, without moving; it looks itself.
+
+        Args:
+          leaves: The gradient, in layout order.
+          loss: Mean over its examples.
 
         Raises:
-          NotFinite: The gradient or the loss is not finite.
+          NotFinite: It will not.
         """
-        self._check(list(self.layout.views(gradient).values()), _loss_array(loss))
+        self._check(leaves, _loss_array(loss))
 
     def step(self, contributions: Sequence[Contribution]) -> Step:
-        """Put an update together from its gradients, in the order of their batches.
-
-        Raises:
-          NotFinite: What comes out is not finite.
-        """
+        """Put an update together from its gradients, in the order of their batches."""
         before = self.current
         gradients = [list(self.layout.views(c.gradient).values()) for c in contributions]
         leaves, loss = combine(
@@ -193,7 +195,6 @@ class Store:
             before.leaves,
             before.settings.staleness,
         )
-        self._check(leaves, _loss_array(loss))
         return Step(
             leaves,
             loss,
@@ -205,9 +206,11 @@ class Store:
     def move(self, step: Step) -> Published:
         """Make the next version; its settings are those that are due by now.
 
-        The step's arrays may be used again when this returns.
+        The step's arrays may be used again when this returns. They are looked at while
+        they are used, so that what another process may write is taken as it was seen.
 
         Raises:
+          NotFinite: The gradient or the loss is not finite.
           Diverged: The weights after it are not finite.
         """
         before = self.current
@@ -215,17 +218,22 @@ class Store:
         if settings is not before.settings:
             before = self._with(before, settings)
         compiled, live, scale = self._step(settings)
+        loss = _loss_array(step.loss)
         arguments = [
             self._tree.restore(list(step.leaves)),
             before.optimizer_state,
             self._tree.restore(before.leaves),
-            _loss_array(step.loss),
+            loss,
             *_extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
         ]
-        params, state, is_finite = compiled(*arguments)
+        params, state, found = compiled(*arguments)
         # XLA may read the gradient where it lies: it is ours until this is ready.
         jax.block_until_ready((params, state))
-        if not is_finite:
+        takes_gradient, keeps_weights = np.asarray(found)
+        if not takes_gradient:
+            self._check(step.leaves, loss)
+            raise NotFinite("it was written while it was used, and was not finite then")
+        if not keeps_weights:
             bad = self._not_finite(self._tree.leaves(params))
             raise Diverged(f"{bad} would not be finite any more; lower the learning rate")
         applied = before.applied
@@ -305,11 +313,14 @@ def _loss_array(loss: float) -> np.ndarray:
 
 
 def _checked(optimizer: AbstractOptimizer) -> Callable[..., tuple[PyTree, PyTree, jax.Array]]:
-    """The update, and whether the weights after it are finite."""
+    """The update, and whether its gradient and loss are finite, and the weights after it."""
 
-    def apply(*arguments: Any) -> tuple[PyTree, PyTree, jax.Array]:
-        params, state = optimizer.apply(*arguments)
-        return params, state, _all_finite(jax.tree.leaves(params))
+    def apply(
+        grads: PyTree, state: PyTree, params: PyTree, loss: jax.Array, *extras: Any
+    ) -> tuple[PyTree, PyTree, jax.Array]:
+        params, state = optimizer.apply(grads, state, params, loss, *extras)
+        given, made = [loss, *jax.tree.leaves(grads)], jax.tree.leaves(params)
+        return params, state, jnp.stack([_all_finite(given), _all_finite(made)])
 
     return apply
 
@@ -318,8 +329,26 @@ def _is_finite(leaves: tuple[jax.Array, ...], loss: jax.Array) -> jax.Array:
     return _all_finite([loss, *leaves])
 
 
-def _all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(_wide(x)).all() for x in arrays]).all()
+def _all_finite(arrays: Sequence[Any]) -> jax.Array:
+    return jnp.stack([_finite(jnp.asarray(x)) for x in arrays]).all()
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Whether all of it is: no exponent is that of infinity and NaN.
+
+    Twice as fast as isfinite. The largest absolute value would tell, too, but XLA's
+    maximum overlooks NaN on some CPUs.
+    """
+    x = _wide(x)
+    if jnp.iscomplexobj(x):
+        return _finite(x.real) & _finite(x.imag)
+    bits = _BITS[x.dtype.itemsize]
+    infinity = np.asarray(np.inf, x.dtype).view(bits)
+    without_sign = jax.lax.bitcast_convert_type(x, bits) & bits(np.iinfo(bits).max >> 1)
+    return jnp.max(without_sign, initial=bits(0)) < infinity
+
+
+_BITS: dict[int, Any] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -121,7 +121,7 @@ class _Surveyor:
         if not gradients:
             raise ValueError("an update has no gradient")
         for position, base, worker, crc, *_ in gradients:
-            if not 0 <= base < version or position < 0 or crc < 0:
+            if not 0 <= base < version or position < 0 or (crc is not None and crc < 0):
                 raise ValueError(f"its gradient is of round {position} at version {base}")
             self._last_used[base] = version
             self._gradients[worker] += 1

@@ -15,7 +15,6 @@ from typing import ParamSpec
 import jax
 
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos.layout import Bytes
 from headwater.server import replies
 from headwater.server.acknowledgements import Acknowledgements
 from headwater.server.admission import Ticket
@@ -27,6 +26,7 @@ from headwater.server.refusals import Verdict
 from headwater.server.roster import Member
 from headwater.server.run_state import Run
 from headwater.server.settings import Settings
+from headwater.server.staging import Staged
 from headwater.server.store import Contribution, Diverged, NotFinite, Published, Store
 from headwater.server.tickets import Tickets
 from headwater.server.update_log import LogBroken, NoRoom, UpdateLog
@@ -62,10 +62,13 @@ class Updates:
         self._tickets = tickets
         self._moved = moved
         self._pushes: dict[int, tuple[Member, pb.Push]] = {}  # admitted, by ticket number
-        self._buffers: dict[int, Bytes] = {}  # their gradients, until applied or left out
+        self._staged: dict[int, Staged] = {}  # their gradients, until applied or left out
         self._told_held: set[int] = set()  # tickets whose outcome was HELD: the only one they get
         self._changes: dict[Change, asyncio.Future[Result]] = {}  # not in the weights yet
         self._submitted = 0  # jobs that the applier has not answered
+        self._in_thread = 0  # those of them that its thread has
+        self._scheduled = 0  # those that are about to be done here
+        self._loop = asyncio.get_running_loop()
         self._applies_held = True
         self.idle = asyncio.Event()
         """Nothing is being applied, checked or changed."""
@@ -84,24 +87,39 @@ class Updates:
             )
         self._kept: dict[int, tuple[jax.Array, ...]] = {}  # weights of bases, to compensate
         self._keep_bases()
-        self.applier = Applier(store, _on_loop(self._done), self.journal, history)
+        self.applier = Applier(store, _on_loop(self._done_in_thread), self.journal, history)
         if run.settings != store.current.settings:
             self.change(run.settings)
 
     # ---------------------------------------------------------------- gradients
 
-    def received(self, member: Member, ticket: Ticket, push: pb.Push, buffer: Bytes) -> None:
+    def received(self, member: Member, ticket: Ticket, push: pb.Push, staged: Staged) -> None:
         """The whole gradient is here: from now on it outlives its worker."""
         self._run.admission.hold(ticket.number, self._run.clock())
         self._pushes[ticket.number] = member, push
-        self._buffers[ticket.number] = buffer
+        self._staged[ticket.number] = staged
         if self._run.in_groups:
-            self._submit(Check(ticket, buffer, push.loss))
+            self._submit(Check(ticket, staged.buffer, push.loss))
 
     def _submit(self, job: Job) -> None:
         self._submitted += 1
         self.idle.clear()
-        self.applier.submit(job)
+        # All in one place at a time: jobs keep their order.
+        if self._scheduled or (not self._in_thread and self.applier.is_quick):
+            self._scheduled += 1
+            self._loop.call_soon(self._do_here, job)
+        else:
+            self._in_thread += 1
+            self.applier.submit(job)
+
+    def _do_here(self, job: Job) -> None:
+        result = self.applier.do(job)
+        self._scheduled -= 1
+        self._done(job, result)
+
+    def _done_in_thread(self, job: Job, result: Result) -> None:
+        self._in_thread -= 1
+        self._done(job, result)
 
     def apply_held(self) -> None:
         """Submit all whose turn it is."""
@@ -113,19 +131,21 @@ class Updates:
 
     def _contribution(self, ticket: Ticket) -> Contribution:
         member, push = self._pushes[ticket.number]
+        staged = self._staged[ticket.number]
         return Contribution(
             ticket.position,
             ticket.base,
             self._run.rounds.size(ticket.position),
             push.loss,
-            self._buffers[ticket.number],
+            staged.buffer,
             self._run.worker_name(member),
             self._kept.get(ticket.base),
+            is_shared=staged.is_shared,
         )
 
     def _take(self, ticket: Ticket) -> tuple[Member, pb.Push]:
         """Whose the gradient was, which is of no more use."""
-        self._run.staging.give_back(self._buffers.pop(ticket.number))
+        self._staged.pop(ticket.number).give_back()
         return self._pushes.pop(ticket.number)
 
     def _drop(self, ticket: Ticket, why: str) -> None:

@@ -12,8 +12,19 @@ import grpc
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
-from headwater.protos.errors import Reason, Refused, Unreachable, from_rpc_error, refusal_of
-from headwater.protos.wire import Framed, frame, unframe
+from headwater.protos.errors import (
+    HeadwaterError,
+    Reason,
+    Refused,
+    Unreachable,
+    from_rpc_error,
+    refusal_of,
+)
+from headwater.protos.layout import Layout
+from headwater.protos.line import Line
+from headwater.protos.rpc import Transport
+from headwater.protos.wire import Framed, MalformedMessage, frame, unframe
+from headwater.worker.slots import Slots
 
 log = logging.getLogger("headwater.worker")
 
@@ -26,6 +37,9 @@ QUEUED_MESSAGES = 4
 SILENCE_S = 15.0
 """Without a message of the server that was waited for, or without room for one of
 ours: then the stream is given up. The server says something every few seconds."""
+
+ATTACH_TIMEOUT_S = 5.0
+"""For the server to answer at its door."""
 
 STATUS_TIMEOUT_S = 5.0
 """For one answer about the dial."""
@@ -41,6 +55,9 @@ class Disconnected(Exception):
 class Link:
     """One stream, from its opening to its end.
 
+    With a server on the same machine its messages may go over a line beside it, from
+    `attach` on; how the stream ends still tells how the server ended it.
+
     A thread tells the server every two seconds how the worker gets on, however
     long computing takes; `progress` says what. It also ends a stream on which
     nothing comes any more: gRPC itself may take more than a minute to find out.
@@ -55,9 +72,36 @@ class Link:
         self._given_up = ""
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(QUEUED_MESSAGES)
         self._closed = threading.Event()
+        self._line: Line | None = None
+        self.slots: Slots | None = None
+        """What the server shares, once it does."""
         self._channel = rpc.connect(address)
         self._call = rpc.Stub(self._channel).Exchange(iter(self._outgoing.get, None))
         threading.Thread(target=self._report, name="headwater-progress", daemon=True).start()
+
+    def attach(self, offer: pb.SameHost, layout: Layout, transport: Transport) -> bool:
+        """Go on over a line, if this is the server's machine and user; whether it is.
+
+        Raises:
+          HeadwaterError: It is not, and `transport` insists.
+        """
+        if transport == "grpc":
+            return False
+        try:
+            if not offer.socket:
+                raise OSError("the server offers none")
+            self._line = _opened(offer, self.silence_s)
+        except (OSError, MalformedMessage) as error:
+            if transport == "shm":
+                raise HeadwaterError(
+                    f"--transport shm: no shared memory with the server at {self._address}: "
+                    f"{error}; use auto or grpc"
+                ) from None
+            log.info("tensors travel by gRPC: no shared memory with the server (%s)", error)
+            return False
+        self.slots = Slots(layout)
+        log.info("tensors travel through shared memory: the server is on this machine")
+        return True
 
     def send(self, message: pb.WorkerMessage, *body: memoryview) -> None:
         """Queue a message, with the pieces of its body; blocks while the network is behind.
@@ -66,6 +110,11 @@ class Link:
           Disconnected: The stream has ended.
         """
         data = frame(message, *body)
+        if self._line is not None:
+            try:
+                return self._line.send(data)
+            except OSError as error:
+                raise Disconnected(f"while sending: {error}") from None
         began = time.monotonic()
         while True:
             try:
@@ -90,6 +139,8 @@ class Link:
             for data in self._call:
                 self._waiting_since = None  # what comes while we compute, we do not read
                 yield unframe(pb.ServerMessage, data)
+                if self._line is not None:
+                    yield from self._receive_on(self._line)  # then the stream says how it ended
                 self._waiting_since = time.monotonic()
         except grpc.RpcError as error:
             if self._given_up:
@@ -101,9 +152,30 @@ class Link:
                 raise from_rpc_error(error, self._address) from None
             raise Disconnected(error.details() or error.code().name) from None
 
+    def _receive_on(self, line: Line) -> Iterator[Framed[pb.ServerMessage]]:
+        assert self.slots is not None
+        while True:
+            try:
+                received = line.receive()
+            except TimeoutError:
+                raise Disconnected(self._silence()) from None
+            except OSError:
+                return  # as at its end
+            if received is None:
+                return
+            framed = unframe(pb.ServerMessage, received.data)
+            if framed.message.new_slots or framed.message.gone_slots or received.descriptors:
+                self.slots.learn(framed.message, received.descriptors)
+            yield framed
+
+    def _silence(self) -> str:
+        return f"nothing was heard from the server for {self.silence_s:.0f} s"
+
     def close(self) -> None:
         """End the stream; the server takes back whatever was out."""
         self._closed.set()
+        if self._line is not None:
+            self._line.end()
         self._call.cancel()
         self._channel.close()
         # Lets gRPC's sending thread end where it waits for the next message.
@@ -114,15 +186,41 @@ class Link:
 
     def _report(self) -> None:
         while not self._closed.wait(PROGRESS_S):
-            message = frame(pb.WorkerMessage(progress=self._progress()))
-            try:
-                self._outgoing.put_nowait(message)
-            except queue.Full:
-                log.debug("parts are on their way, and they are progress themselves")
+            self._send_progress(frame(pb.WorkerMessage(progress=self._progress())))
             since = self._waiting_since
             if since is not None and time.monotonic() - since > self.silence_s:
-                self._given_up = f"nothing was heard from the server for {self.silence_s:.0f} s"
+                self._given_up = self._silence()
                 self._call.cancel()
+
+    def _send_progress(self, message: bytes) -> None:
+        try:
+            if self._line is not None:
+                self._line.send(message)
+            else:
+                self._outgoing.put_nowait(message)
+        except queue.Full:
+            log.debug("parts are on their way, and they are progress themselves")
+        except OSError:
+            log.debug("the line has ended, as who reads it will find")
+
+
+def _opened(offer: pb.SameHost, timeout_s: float) -> Line:
+    """The line that was offered, once the server has answered on it.
+
+    Raises:
+      OSError: The server is not here.
+      MalformedMessage: What answers is no server of ours.
+    """
+    line = Line(offer.socket, ATTACH_TIMEOUT_S)
+    try:
+        line.send(offer.key)
+        if line.receive() is None:
+            raise ConnectionError("the server does not know this worker's key")
+    except BaseException:
+        line.close()
+        raise
+    line.set_timeout(timeout_s)
+    return line
 
 
 class Patience:

@@ -21,7 +21,7 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.assembly import Weights
 from headwater.protos.command import expected_run_id
 from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
-from headwater.protos.rpc import PROTOCOL
+from headwater.protos.rpc import PROTOCOL, Transport
 from headwater.protos.wire import PART_BYTES
 from headwater.worker.compute import fingerprint
 from headwater.worker.data import batch_rng
@@ -52,6 +52,7 @@ class Worker:
       address: HOST:PORT.
       patience: For the first connection; later ones have all the time there is.
       name: Shown in status; the server makes one up for "".
+      transport: How tensors travel if the server is on this machine.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Worker:
         patience: Patience,
         *,
         name: str = "",
+        transport: Transport = "auto",
     ) -> None:
         self._loaded = loaded
+        self._transport = transport
         self._task = loaded.task
         self._address = address
         self._layout = self._task.tree.layout
@@ -160,7 +163,7 @@ class Worker:
         if message.HasField("outcome"):
             self._outcome(message.outcome)
         if message.HasField("weights"):
-            self._weights.add(message.weights, body)
+            self._take_weights(link, message.weights, body)
         if message.HasField("lease"):
             self._lease(message.lease)
         if message.HasField("bye"):
@@ -174,6 +177,7 @@ class Worker:
     def _welcome(self, link: Link, welcome: pb.Welcome) -> None:
         self._patience.connected()
         link.silence_s = max(SILENCE_S, welcome.session_timeout_s)
+        link.attach(welcome.same_host, self._layout, self._transport)
         self._hello.run_id = welcome.run_id
         for warning in welcome.warnings:
             log.warning("%s", warning)
@@ -211,6 +215,12 @@ class Worker:
         self._compiled_for = needed
         log.info("compiled in %.1f s", seconds)
         return seconds
+
+    def _take_weights(self, link: Link, part: pb.WeightsPart, body: memoryview | None) -> None:
+        if part.slot and link.slots is not None:
+            self._weights.use(part.version, link.slots.weights(part.slot))
+        else:
+            self._weights.add(part, body)
 
     def _outcome(self, outcome: pb.Outcome) -> None:
         self._step()
@@ -279,7 +289,12 @@ class Worker:
             compute_s=computed - loaded,
             load_s=loaded - began,
         )
-        self._push(link, push, gradient)
+        if ticket.gradient_slot and link.slots is not None:
+            link.slots.write(ticket.gradient_slot, gradient.leaves)
+            push.slot = ticket.gradient_slot
+            link.send(pb.WorkerMessage(push=push))
+        else:
+            self._push(link, push, gradient)
         self._enter(pb.PHASE_WAITING)
         self._say(gradient)
 

@@ -12,7 +12,7 @@ from headwater.protos import command
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.worker import compute
 from headwater.worker.link import Patience, consistency_of
-from headwater.worker.options import Platform, TaskArg, TaskOptions
+from headwater.worker.options import Platform, TaskArg, TaskOptions, TransportOption
 from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def worker(
     server: command.ServerAddress = DEFAULT_ADDRESS,
     name: Annotated[str, typer.Option(help="Shown in status. Default: worker-N.")] = "",
     platform: Platform = None,
+    transport: TransportOption = "auto",
     connect_timeout: Annotated[
         float,
         typer.Option(
@@ -49,7 +50,7 @@ def worker(
 
     loaded = load_task(task, task_option or ())
     with guard_user_code(f"the task {loaded.name} raised"):
-        life = Worker(loaded, server, patience, name=name)
+        life = Worker(loaded, server, patience, name=name, transport=transport)
         with _leaving_on_signals(life) as received:
             life.run()
     if signal.SIGINT in received:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from headwater.protos.rpc import Transport
+
 TaskArg = Annotated[
     str, typer.Option(metavar="TASK", help="file.py[:NAME] or package.module[:NAME].")
 ]
@@ -20,4 +22,12 @@ TaskOptions = Annotated[
 Platform = Annotated[
     str | None,
     typer.Option(metavar="cpu|gpu|tpu", help="Where JAX computes. Default: its own choice."),
+]
+TransportOption = Annotated[
+    Transport,
+    typer.Option(
+        metavar="auto|grpc|shm",
+        help="How tensors travel on one machine: shared memory where possible; gRPC always; "
+        "shared memory or nothing.",
+    ),
 ]

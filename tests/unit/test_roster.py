@@ -196,35 +196,35 @@ def test_a_worker_that_has_done_nothing_yet_gets_the_least_deadline() -> None:
 
 def test_a_slow_worker_gets_ten_times_its_own_step() -> None:
     alice = join(Roster())
-    alice.step_s.append(20.0)
+    alice.steps_s.add(20.0)
 
     assert alice.deadline_s(60.0) == 200.0
 
 
 def test_a_fast_worker_gets_the_least_deadline() -> None:
     alice = join(Roster())
-    alice.step_s.append(0.1)
+    alice.steps_s.add(0.1)
 
     assert alice.deadline_s(60.0) == 60.0
 
 
 def test_one_slow_step_in_200_is_no_reason_to_wait_longer() -> None:
     alice = join(Roster())
-    alice.step_s.extend([10.0] * 199 + [1000.0])
+    alice.steps_s.add(*([10.0] * 199 + [1000.0]))
 
     assert alice.deadline_s(60.0) == 100.0
 
 
 def test_three_slow_steps_in_200_are() -> None:
     alice = join(Roster())
-    alice.step_s.extend([10.0] * 197 + [1000.0] * 3)
+    alice.steps_s.add(*([10.0] * 197 + [1000.0] * 3))
 
     assert alice.deadline_s(60.0) == 10_000.0
 
 
 def test_only_the_last_200_steps_count() -> None:
     alice = join(Roster())
-    alice.step_s.extend([1000.0] * 10 + [10.0] * 200)
+    alice.steps_s.add(*([1000.0] * 10 + [10.0] * 200))
 
     assert alice.deadline_s(60.0) == 100.0
 

@@ -1,0 +1,186 @@
+"""Shared memory for tensors: versions that all workers here read, gradients that each writes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+
+from headwater.protos.layout import Bytes, Layout
+from headwater.protos.shared_memory import SharedMemory, copy
+from headwater.protos.wire import PART_BYTES
+from headwater.server.store import Published
+
+SPARE = 2
+"""Slots kept for the next ones; more would be memory for nothing."""
+
+_numbers = itertools.count(1)
+
+
+class Slot:
+    """A buffer of the layout's size that others can map.
+
+    Raises:
+      OSError: There is not so much memory.
+    """
+
+    def __init__(self, layout: Layout, *, read_only: bool) -> None:
+        self.number = next(_numbers)
+        """Of this process's life."""
+        self.memory = SharedMemory(layout.total_bytes, read_only=read_only)
+        self.readers = 0
+        """Who were sent the version that it holds, and have not let go of it."""
+
+    @property
+    def array(self) -> Bytes:
+        return self.memory.array
+
+
+class VersionSlots:
+    """One read-only copy of a version for all who read it here.
+
+    A slot is written again only when it is not the newest version's and its
+    readers have all let go of it. Lives on the event loop.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._places = [slice(t.offset, t.end) for t in layout.tensors]
+        self._at_once = layout.total_bytes <= PART_BYTES
+        self._newest: tuple[int, Slot] | None = None
+        self._free: list[Slot] = []
+        self._coming: dict[int, asyncio.Task[Slot]] = {}
+        self.alive: set[int] = set()
+        """Numbers of all slots."""
+        self.dropped = 0
+        """How many are not alive any more."""
+
+    def ready(self, published: Published) -> Slot | None:
+        """The version's slot, if it takes no waiting.
+
+        Raises:
+          OSError: There is not so much memory.
+        """
+        if self._newest is not None and self._newest[0] == published.version:
+            return self._newest[1]
+        if not self._at_once:
+            return None
+        slot = self._take()
+        self._fill(slot, published)
+        return self._publish(published.version, slot)
+
+    async def share(self, published: Published) -> Slot:
+        """The version's slot, filled in a thread where that takes long.
+
+        Raises:
+          OSError: There is not so much memory.
+        """
+        slot = self.ready(published)
+        if slot is not None:
+            return slot
+        task = self._coming.get(published.version)
+        if task is None:
+            task = asyncio.create_task(self._share(published))
+            self._coming[published.version] = task
+            task.add_done_callback(lambda _: self._coming.pop(published.version))
+        # Who waits for it wakes up before anybody who got it can be heard to release it.
+        return await asyncio.shield(task)
+
+    def release(self, slot: Slot) -> None:
+        """A reader has let go of it."""
+        slot.readers -= 1
+        self._free_if_unread(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """A reader vanished, who may still read it: it is never written again."""
+        slot.readers -= 1
+        if self._newest is not None and self._newest[1] is slot:
+            self._newest = None
+        self._forget(slot)
+
+    async def _share(self, published: Published) -> Slot:
+        slot = self._take()
+        try:
+            await asyncio.to_thread(self._fill, slot, published)
+        except BaseException:
+            self._forget(slot)
+            raise
+        return self._publish(published.version, slot)
+
+    def _take(self) -> Slot:
+        if self._free:
+            return self._free.pop()
+        slot = Slot(self._layout, read_only=True)
+        self.alive.add(slot.number)
+        return slot
+
+    def _fill(self, slot: Slot, published: Published) -> None:
+        leaves = (np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in published.leaves)
+        copy([(slot.array[place], leaf) for place, leaf in zip(self._places, leaves, strict=True)])
+
+    def _publish(self, version: int, slot: Slot) -> Slot:
+        if self._newest is not None and self._newest[0] > version:
+            return slot  # whoever asked for it will read it, and nobody else
+        old, self._newest = self._newest, (version, slot)
+        if old is not None:
+            self._free_if_unread(old[1])
+        return slot
+
+    def _free_if_unread(self, slot: Slot) -> None:
+        is_newest = self._newest is not None and self._newest[1] is slot
+        if slot.readers or is_newest or slot.number not in self.alive:
+            return
+        if len(self._free) < SPARE:
+            self._free.append(slot)
+        else:
+            self._forget(slot)
+
+    def _forget(self, slot: Slot) -> None:
+        if slot.number in self.alive:
+            self.alive.discard(slot.number)
+            self.dropped += 1
+            slot.memory.close()
+
+
+class GradientSlots:
+    """One worker's slots, which it alone writes: each from a ticket until its gradient is applied.
+
+    Not given to another worker, ever: this one may be slow, and write late.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._free: list[Slot] = []
+        self._assigned: dict[int, Slot] = {}
+        self.alive: set[int] = set()
+        """Numbers of all slots."""
+        self.dropped = 0
+
+    def assign(self, ticket: int) -> Slot:
+        """A slot for a ticket's gradient.
+
+        Raises:
+          OSError: There is not so much memory.
+        """
+        slot = self._free.pop() if self._free else Slot(self._layout, read_only=False)
+        self.alive.add(slot.number)
+        self._assigned[ticket] = slot
+        return slot
+
+    def written(self, ticket: int) -> Slot | None:
+        """The ticket's slot, which its worker has written; once."""
+        return self._assigned.pop(ticket, None)
+
+    def give_back(self, slot: Slot) -> Callable[[], None]:
+        """What frees a slot that was written."""
+        return lambda: self._free_again(slot)
+
+    def _free_again(self, slot: Slot) -> None:
+        if len(self._free) < SPARE:
+            self._free.append(slot)
+        else:
+            self.alive.discard(slot.number)
+            self.dropped += 1
+            slot.memory.close()
