@@ -81,7 +81,7 @@ class Member:
     staleness: Histogram = dataclasses.field(default_factory=Histogram)
     examples: Rate = dataclasses.field(default_factory=Rate)
     gradients: int = 0
-    steps_s: StepTimes = dataclasses.field(default_factory=lambda: StepTimes())
+    steps_s: StepTimes = dataclasses.field(default_factory=StepTimes)
     """From ticket to whole gradient."""
     times: Times = dataclasses.field(default_factory=Times)
     transport: str = "grpc"
