@@ -270,7 +270,7 @@ class Session:
             missing = self._coordinator.run.layout.total_bytes - self._incoming.received
             self._reject(member, f"a new push began while {missing} bytes of the last were missing")
         written = None
-        if self._line is not None:
+        if self._line is not None and self._coordinator.tickets.token_is_mine(push.token):
             written = self._line.pushed(push)
             member.has_version = -1  # it let go of those weights
         ticket = self._coordinator.admit(member, push)

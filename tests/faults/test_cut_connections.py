@@ -8,7 +8,7 @@ from pathlib import Path
 
 from headwater.client.client import Client
 from kit import counting
-from kit.processes import server, worker
+from kit.processes import BY_GRPC, server, worker
 from kit.proxy import Cut, Proxy
 from kit.waiting import wait_for
 
@@ -40,8 +40,8 @@ def test_a_run_outlasts_a_network_that_cuts_in_the_middle_of_parts(tmp_path):
         ) as (service, address),
         Client(address) as client,
         Proxy(address, some_cut) as network,
-        worker(TASK, network.address, "--name", "ann", *options, cwd=tmp_path) as ann,
-        worker(TASK, network.address, "--name", "bob", *options, cwd=tmp_path) as bob,
+        worker(TASK, network.address, *BY_GRPC, "--name", "ann", *options, cwd=tmp_path) as ann,
+        worker(TASK, network.address, *BY_GRPC, "--name", "bob", *options, cwd=tmp_path) as bob,
     ):
 
         def cut_often() -> bool:

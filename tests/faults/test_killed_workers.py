@@ -6,6 +6,7 @@ import contextlib
 import random
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from kit.waiting import wait_for
 TASK = Path(counting.__file__)
 
 WORKERS = 4
+WORKING = {"batch_size": 8, "load_s": 0.01, "compute_s": 0.01}
 
 
 class Crew(contextlib.ExitStack):
     """Always four workers: who is killed is replaced."""
 
-    def __init__(self, address: str, options: list[str], cwd: Path) -> None:
+    def __init__(self, address: str, options: Sequence[str], cwd: Path) -> None:
         super().__init__()
         self._arguments = (TASK, address, *options)
         self._cwd = cwd
@@ -47,17 +49,24 @@ class Crew(contextlib.ExitStack):
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("options", "bytes_per_s"),
+    ("options", "bytes_per_s", "transport"),
     [
         # A step is 10 ms of loading, half of it ahead, and 10 ms of computing.
-        pytest.param({"batch_size": 8, "load_s": 0.01, "compute_s": 0.01}, None, id="working"),
+        pytest.param(WORKING, None, "shm", id="working"),
+        pytest.param(WORKING, None, "grpc", id="working-grpc", marks=pytest.mark.slow),
         # A gradient of two parts takes 0.2 s on its way.
         pytest.param(
-            {"batch_size": 32, "padding": 500_000}, 10e6, id="sending", marks=pytest.mark.slow
+            {"batch_size": 32, "padding": 500_000},
+            10e6,
+            "grpc",
+            id="sending",
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_every_batch_counts_once_although_workers_are_killed(options, bytes_per_s, kills, tmp_path):
+def test_every_batch_counts_once_although_workers_are_killed(
+    options, bytes_per_s, transport, kills, tmp_path
+):
     """`kills` counts the workers that were connected and had pushed gradients."""
     seed = secrets.randbits(32)
     print(f"seed {seed}")  # shown on failure
@@ -69,7 +78,7 @@ def test_every_batch_counts_once_although_workers_are_killed(options, bytes_per_
         server(TASK, *task_options, cwd=tmp_path) as (service, address),
         Client(address) as client,
         Proxy(address) as network,
-        Crew(network.address, task_options, tmp_path) as crew,
+        Crew(network.address, ["--transport", transport, *task_options], tmp_path) as crew,
     ):
         network.bytes_per_s = bytes_per_s
         hits = 0

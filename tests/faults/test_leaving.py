@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from headwater.client.client import Client
 from kit import counting
-from kit.processes import server, worker
+from kit.processes import BY_GRPC, server, worker
 from kit.proxy import Proxy
 from kit.waiting import wait_for
 
@@ -126,7 +126,9 @@ def test_workers_outlast_a_server_that_was_killed(slow, tmp_path):
     with (
         server(TASK, *options, cwd=tmp_path) as (service, address),
         Proxy(address) as network,
-        worker(TASK, network.address, "--connect-timeout", "0.5", *options, cwd=tmp_path) as ann,
+        worker(
+            TASK, network.address, *BY_GRPC, "--connect-timeout", "0.5", *options, cwd=tmp_path
+        ) as ann,
     ):
         with Client(address) as client:
             wait_for_version(client, 1)
@@ -147,7 +149,7 @@ def test_a_worker_of_one_run_is_no_worker_of_the_next(slow, tmp_path):
     with (
         server(TASK, *options, cwd=tmp_path) as (old, old_address),
         Proxy(old_address) as network,
-        worker(TASK, network.address, *options, cwd=tmp_path) as ann,
+        worker(TASK, network.address, *BY_GRPC, *options, cwd=tmp_path) as ann,
     ):
         with Client(old_address) as client:
             wait_for_version(client, 1)
@@ -174,7 +176,7 @@ def test_a_worker_of_a_run_that_is_starting_waits_while_another_has_its_port(tmp
     with (
         server(TASK, *options, "--run-dir", "theirs", cwd=tmp_path) as (_, their_address),
         Proxy(their_address) as network,
-        worker(TASK, network.address, *options, cwd=tmp_path, **mine) as ann,
+        worker(TASK, network.address, *BY_GRPC, *options, cwd=tmp_path, **mine) as ann,
     ):
         wait_for(lambda: "not 20270101-120000-abcd" in ann.errors, "it is told")
         with (

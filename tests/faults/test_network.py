@@ -11,7 +11,7 @@ import pytest
 from headwater.client.client import Client
 from kit import counting
 from kit.lives import TASK, Lives, Witness, steady_workers
-from kit.processes import server, worker
+from kit.processes import BY_GRPC, server, worker
 from kit.proxy import Proxy
 from kit.waiting import wait_for
 
@@ -55,7 +55,7 @@ def test_a_partition_is_found_and_outlasted(cut_off, tmp_path):
         server(TASK, *options, cwd=tmp_path) as (service, address),
         Client(address) as client,
         Proxy(address) as network,
-        worker(TASK, network.address, "--name", "ann", *options, cwd=tmp_path) as ann,
+        worker(TASK, network.address, *BY_GRPC, "--name", "ann", *options, cwd=tmp_path) as ann,
         worker(TASK, address, "--name", "bob", *options, cwd=tmp_path) as bob,
     ):
 
@@ -90,7 +90,7 @@ def test_what_is_slow_but_moves_is_not_taken_for_dead(tmp_path):
         Proxy(address) as network,
     ):
         network.bytes_per_s, network.delay_s = 125_000.0, 0.1
-        with worker(TASK, network.address, *options, cwd=tmp_path) as one:
+        with worker(TASK, network.address, *BY_GRPC, *options, cwd=tmp_path) as one:
             assert one.wait(180) == 0, one.errors
         counting.assert_exactly_once(client)
         assert service.errors.count(" joined ") == 1

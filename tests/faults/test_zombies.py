@@ -19,7 +19,7 @@ import pytest
 
 from headwater.client.client import Client
 from kit import counting
-from kit.processes import Command, server, worker
+from kit.processes import BY_GRPC, Command, server, worker
 from kit.proxy import Proxy
 from kit.waiting import wait_for
 
@@ -62,11 +62,11 @@ def stage(folder: Path, *server_options: str, **task_options: object) -> Iterato
         contextlib.ExitStack() as stack,
     ):
         workers = {
-            name: stack.enter_context(worker(TASK, via, "--name", name, *options, cwd=folder))
+            name: stack.enter_context(worker(TASK, *via, "--name", name, *options, cwd=folder))
             for name, via in (
-                ("ann", network.address),
-                ("bob", network.address),
-                ("cyd", address),
+                ("ann", (network.address, *BY_GRPC)),
+                ("bob", (network.address, *BY_GRPC)),
+                ("cyd", (address,)),
             )
         }
 

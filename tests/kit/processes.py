@@ -19,6 +19,9 @@ from headwater.client.client import Client
 from headwater.protos.errors import HeadwaterError
 from kit.waiting import wait_for
 
+BY_GRPC = ("--transport", "grpc")
+"""For workers behind a proxy, which shared memory would go round."""
+
 HEADWATER = Path(sys.executable).parent / "headwater"
 
 START_TIMEOUT_S = 60.0

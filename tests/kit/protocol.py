@@ -7,6 +7,7 @@ deadline; a server that says nothing fails the test, never hangs it.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import secrets
 import threading
@@ -24,6 +25,8 @@ from headwater.protos import rpc
 from headwater.protos.assembly import Weights
 from headwater.protos.errors import REASON_KEY
 from headwater.protos.layout import Layout
+from headwater.protos.line import Line
+from headwater.protos.shared_memory import attach
 from headwater.protos.wire import PART_BYTES, frame, unframe
 
 if TYPE_CHECKING:
@@ -73,10 +76,17 @@ class BareWorker:
     Args:
       hello: What it says at first; `open` adds the attempt.
       instance: Of its process; drawn where not given.
+      on_line: Go on over the server's same-host socket before `ready`.
     """
 
     def __init__(
-        self, address: str, hello: pb.Hello, *, name: str = "", instance: int | None = None
+        self,
+        address: str,
+        hello: pb.Hello,
+        *,
+        name: str = "",
+        instance: int | None = None,
+        on_line: bool = False,
     ) -> None:
         self.hello = pb.Hello()
         self.hello.CopyFrom(hello)
@@ -104,6 +114,13 @@ class BareWorker:
         self._unread: dict[str, deque[Any]] = defaultdict(deque)
         self._ended: StreamEnded | None = None
         self._steps = 0
+        self._on_line = on_line
+        self._line: Line | None = None
+        self._line_reader: list[threading.Thread] = []
+        self.slots: dict[int, np.ndarray] = {}
+        """What the server shares: gradients' slots can be written."""
+        self.descriptors: dict[int, int] = {}
+        """Of the same."""
 
     def __enter__(self) -> BareWorker:
         return self
@@ -144,7 +161,7 @@ class BareWorker:
         self._call = rpc.Stub(self._channel).Exchange(iter(self._outgoing.get, None))
         self._reader = threading.Thread(
             target=_read,
-            args=(self._call, self._may_read, self._incoming, self.pulses),
+            args=(self._call, self._may_read, self._incoming, self.pulses, self._line_reader),
             name="bare-worker",
             daemon=True,
         )
@@ -154,7 +171,21 @@ class BareWorker:
     def welcome(self) -> pb.Welcome:
         return self._expect("welcome")
 
+    def attach(self) -> None:
+        """Go on over the server's same-host socket, as it offered in its welcome."""
+        (welcome,) = self.heard("welcome")
+        offer = welcome.same_host
+        self._line = Line(offer.socket, TIMEOUT_S)
+        self._line.send(offer.key)
+        first = self._line.receive()
+        assert first is not None, "the server hangs up"
+        reader = threading.Thread(target=self._read_line, name="bare-line", daemon=True)
+        self._line_reader.append(reader)
+        reader.start()
+
     def ready(self) -> None:
+        if self._on_line and self._line is None:
+            self.attach()
         self.send(pb.WorkerMessage(ready=pb.Ready()))
 
     def join(self, **overrides: Any) -> pb.Welcome:
@@ -193,6 +224,11 @@ class BareWorker:
           pieces: Sent as they are, in place of the gradient's own parts. The
             first goes with the push, whatever offset it claims.
         """
+        written = pieces is None and ticket.gradient_slot in self.slots
+        if written:
+            whole = bytes(self.layout.total_bytes) if gradient is None else bytes(gradient)
+            self.slots[ticket.gradient_slot][:] = np.frombuffer(whole, np.uint8)
+            pieces, overrides = [(0, b"")], {"slot": ticket.gradient_slot, **overrides}
         if pieces is None:
             whole = bytes(self.layout.total_bytes) if gradient is None else bytes(gradient)
             pieces = slices(whole) or [(0, b"")]
@@ -202,7 +238,7 @@ class BareWorker:
             "incarnation": self.stamp.incarnation,
             **overrides,
         }
-        self.send(pb.WorkerMessage(push=pb.Push(**fields)), pieces[0][1])
+        self.send(pb.WorkerMessage(push=pb.Push(**fields)), None if written else pieces[0][1])
         self.send_parts(fields["token"], pieces[1:])
 
     def send_parts(self, token: pb.Token, pieces: Iterable[Part]) -> None:
@@ -228,6 +264,8 @@ class BareWorker:
     def cut(self) -> None:
         """End the stream as a killed process would, without a word."""
         self._call.cancel()
+        if self._line is not None:
+            self._line.end()
 
     def done_sending(self) -> None:
         """Close this side of the stream in order, without a leave."""
@@ -247,9 +285,17 @@ class BareWorker:
         if self._channel is None or self._reader is None:
             return
         self._may_read.set()
-        self._call.cancel()
+        self.cut()
         self._outgoing.put(None)
         self._reader.join(TIMEOUT_S)
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        self._line_reader.clear()
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+        self.slots.clear()
         self._channel.close()
         self._channel = None
 
@@ -260,7 +306,11 @@ class BareWorker:
 
     def send_bytes(self, data: bytes) -> None:
         """Anything at all, as one message."""
-        self._outgoing.put(data)
+        if self._line is None:
+            self._outgoing.put(data)
+            return
+        with contextlib.suppress(OSError):  # it has ended, as the stream will say
+            self._line.send(data)
 
     def end(self) -> StreamEnded:
         """How the server ended the stream; waits for it, taking in what comes before."""
@@ -303,8 +353,24 @@ class BareWorker:
         """All of one kind that was taken in on this stream."""
         return [event.value for event in self.events if event.kind == kind]
 
+    def _read_line(self) -> None:
+        assert self._line is not None
+        with contextlib.suppress(OSError):
+            while (received := self._line.receive()) is not None:
+                message, body = unframe(pb.ServerMessage, received.data)
+                assert len(message.new_slots) == len(received.descriptors)
+                for number, descriptor in zip(message.new_slots, received.descriptors, strict=True):
+                    self.descriptors[number] = os.dup(descriptor)
+                    writable = number == message.ticket.gradient_slot
+                    size = self.layout.total_bytes
+                    self.slots[number] = attach(descriptor, size, writable=writable)
+                _hand_on(message, body, self._incoming, self.pulses)
+
     def _take_in(self, event: Event, body: memoryview | None) -> None:
-        if event.kind == "weights":
+        if event.kind == "weights" and event.value.slot:
+            views = self.layout.views(self.slots[event.value.slot])
+            self.weights.use(event.value.version, list(views.values()))
+        elif event.kind == "weights":
             self.weights.add(event.value, body)
         elif event.kind == "lease":
             for batch in event.value.granted:
@@ -361,21 +427,33 @@ def _read(
     may_read: threading.Event,
     incoming: queue.SimpleQueue[Any],
     pulses: list[pb.Stamp],
+    line_reader: list[threading.Thread],
 ) -> None:
     """Put what comes into the queue, at last how it ended."""
     try:
         may_read.wait(TIMEOUT_S)
         for data in call:
-            message, body = unframe(pb.ServerMessage, data)
-            kinds = [kind for kind in KINDS if message.HasField(kind)]
-            for kind in kinds:
-                here = body if kind == "weights" else None
-                event = Event(kind, getattr(message, kind), len(here or b""))
-                incoming.put((message.stamp, event, here))
-            if not kinds:
-                pulses.append(message.stamp)
-        incoming.put(StreamEnded(grpc.StatusCode.OK, "", ""))
+            _hand_on(*unframe(pb.ServerMessage, data), incoming, pulses)
+        ended = StreamEnded(grpc.StatusCode.OK, "", "")
     except grpc.RpcError as error:
         metadata: Any = call.trailing_metadata() or ()
         reason = next((value for name, value in metadata if name == REASON_KEY), "")
-        incoming.put(StreamEnded(error.code(), reason, error.details() or ""))
+        ended = StreamEnded(error.code(), reason, error.details() or "")
+    for reader in line_reader:
+        reader.join(TIMEOUT_S)
+    incoming.put(ended)
+
+
+def _hand_on(
+    message: pb.ServerMessage,
+    body: memoryview | None,
+    incoming: queue.SimpleQueue[Any],
+    pulses: list[pb.Stamp],
+) -> None:
+    kinds = [kind for kind in KINDS if message.HasField(kind)]
+    for kind in kinds:
+        here = body if kind == "weights" else None
+        event = Event(kind, getattr(message, kind), len(here or b""))
+        incoming.put((message.stamp, event, here))
+    if not kinds:
+        pulses.append(message.stamp)

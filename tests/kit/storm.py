@@ -85,7 +85,10 @@ class Storm:
             self._calm()
 
     def _hire(self, options: list[str]) -> contextlib.AbstractContextManager[Command]:
-        return worker(TASK, self._network.address, *options, cwd=self._folder)
+        transport = self._rng.choice(("grpc", "shm"))
+        return worker(
+            TASK, self._network.address, "--transport", transport, *options, cwd=self._folder
+        )
 
     # ------------------------------------------------------------------ faults
 
