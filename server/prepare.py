@@ -24,7 +24,7 @@ from headwater.server.journal import weights_crc
 from headwater.server.optimizer import AbstractOptimizer, check, resolve
 from headwater.server.plan import first_store, rounds_of, with_outer_optimizer
 from headwater.server.ranges import Ranges
-from headwater.server.recovery import Recovered, recover
+from headwater.server.recovery import Recovered, recover, without_numbers
 from headwater.server.rounds import Rounds
 from headwater.server.run_dir import RunDir
 from headwater.server.run_record import RunRecord
@@ -63,6 +63,8 @@ class Prepared:
     """The newest one of the incarnations before, as it stands in metrics.jsonl."""
     snapshot_version: int
     """Of the newest snapshot on disk; the log may lead further."""
+    is_saved: bool
+    """Whether that snapshot is of the store's state, settings and all."""
     warnings: tuple[str, ...]
     """What was noticed on the way, for status."""
     awaits_evaluation: bool
@@ -143,12 +145,14 @@ def _prepare(
     else:
         record = run_dir.record.continued_as(record, str(run_dir.path))
         recovered = _recover(
-            loaded, optimizer, updates, rounds, run, run_dir, run_dir.record, snapshots
-        )
+            loaded, optimizer, updates, rounds, run, run_dir, run_dir.record, snapshots,
+            keeps_log=config.durability == "log",
+        )  # fmt: skip
         _check_epochs(rounds, recovered.store.current)
         evaluation = run_dir.cut_metrics(recovered.store.current.version)
-    opened_log = _begin_log(config, run, run_dir, snapshots, optimizer.text, recovered, rounds)
-    if opened_log is not None:
+    opened_log = None
+    if config.durability == "log":
+        opened_log = _begin_log(run, run_dir, recovered)
         opened.callback(opened_log.abandon)
     current = recovered.store.current
     history = History(run_dir.path, current.version, current.applied, current.settings)
@@ -171,6 +175,7 @@ def _prepare(
         optimizer_text=optimizer.text,
         evaluation=evaluation,
         snapshot_version=snapshots.versions()[-1],
+        is_saved=recovered.is_saved,
         warnings=recovered.warnings,
         awaits_evaluation=config.await_evaluation and task.evaluate is not None,
     )
@@ -245,8 +250,15 @@ def _recover(
     run_dir: RunDir,
     before: RunRecord,
     snapshots: Snapshots,
+    *,
+    keeps_log: bool,
 ) -> Recovered:
-    """The state that the incarnation before left, for `optimizer` to go on with."""
+    """The state that the incarnation before left, for `optimizer` to go on with.
+
+    Until run.json names `optimizer`, what is on disk is what the one before it made,
+    numbers that were set of it included: a crash on the way takes nothing back, and
+    whichever is asked for next begins from the same.
+    """
     tree, incarnation = loaded.task.tree, before.incarnation + 1
     old = resolve(before.asked.get("optimizer") or loaded.task.optimizer, before.updates)
     snapshot = _in_rounds(snapshots.newest(), rounds)
@@ -257,20 +269,11 @@ def _recover(
             snapshot, recovery, tree, old, incarnation=incarnation, software=run.software
         )
         is_other = (old.text, before.updates) != (optimizer.text, updates)
-        current = recovered.store.current
-        if recovered.ends_early or (is_other and recovered.replayed):
+        if recovered.ends_early or is_other or not keeps_log:
             # A later recovery would replay what is wrong, or with the new optimizer.
-            _save(snapshots, run, old.text, current, rounds)
-            update_log.remove_all(run_dir.path)
+            recovered = _without_log(recovered, run_dir, snapshots, run, old.text, rounds)
         if is_other:
-            settings, warnings = _without_numbers(current.settings, old.text, optimizer.text)
-            current = dataclasses.replace(current, settings=settings)
-            state = handed_over(current, tree, old, optimizer, incarnation)
-            recovered = dataclasses.replace(
-                recovered,
-                store=Store(tree, optimizer, state),
-                warnings=(*recovered.warnings, *warnings),
-            )
+            recovered = _handed_over(recovered, loaded, old, optimizer)
     except NotFinite as error:
         raise UsageError(f"the run's snapshot has weights that are not finite: {error}") from None
     for warning in recovered.warnings:
@@ -282,33 +285,44 @@ def _recover(
     return recovered
 
 
-def _without_numbers(before: Settings, old: str, new: str) -> tuple[Settings, list[str]]:
-    """With no numbers that were set of an optimizer, unless it is the same one."""
-    if old == new or not (before.numbers or before.planned):
-        return before, []
-    warning = f"the optimizer is {new} now: the numbers that were set of {old} no longer hold"
-    return dataclasses.replace(before, numbers={}, planned=()), [warning]
-
-
-def _begin_log(
-    config: ServerConfig,
-    run: RunIdentity,
+def _without_log(
+    recovered: Recovered,
     run_dir: RunDir,
     snapshots: Snapshots,
+    run: RunIdentity,
     optimizer_text: str,
-    recovered: Recovered,
     rounds: Rounds,
-) -> UpdateLog | None:
-    current = recovered.store.current
-    if config.durability == "log":
-        return UpdateLog(
-            run_dir.path, _log_facts(run), version=current.version, sequence=recovered.sequence
-        )
-    if recovered.replayed:
-        _save(snapshots, run, optimizer_text, current, rounds)  # the log is not gone on with
+) -> Recovered:
+    """With all of it in a snapshot, and no log, which is not gone on with."""
+    if not recovered.is_saved:
+        _save(snapshots, run, optimizer_text, recovered.store.current, rounds)
     if update_log.segments(run_dir.path):
         update_log.remove_all(run_dir.path)
-    return None
+    return dataclasses.replace(recovered, is_saved=True)
+
+
+def _handed_over(
+    recovered: Recovered,
+    loaded: LoadedTask,
+    old: AbstractOptimizer,
+    optimizer: AbstractOptimizer,
+) -> Recovered:
+    """For another optimizer to go on with. `recover` does the same from the old one's snapshot."""
+    tree, current = loaded.task.tree, recovered.store.current
+    settings, warnings = without_numbers(current.settings, old.text, optimizer.text)
+    current = dataclasses.replace(current, settings=settings)
+    state = handed_over(current, tree, old, optimizer, current.incarnation)
+    return dataclasses.replace(
+        recovered,
+        store=Store(tree, optimizer, state),
+        warnings=(*recovered.warnings, *warnings),
+        is_saved=False,
+    )
+
+
+def _begin_log(run: RunIdentity, run_dir: RunDir, recovered: Recovered) -> UpdateLog:
+    version = recovered.store.current.version
+    return UpdateLog(run_dir.path, _log_facts(run), version=version, sequence=recovered.sequence)
 
 
 def _check_epochs(rounds: Rounds, current: Published) -> None:

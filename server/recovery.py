@@ -49,6 +49,8 @@ class Recovered:
     """What the history has to say of what was replayed."""
     ends_early: bool = False
     """Whether the log has more, which is not to be gone on from."""
+    is_saved: bool = True
+    """Whether the newest snapshot on disk is of this very state, settings and all."""
 
 
 def recover(
@@ -66,7 +68,7 @@ def recover(
       snapshot: The newest whole one.
       recovery: Of the log beside it.
       tree: Of the task's parameters.
-      optimizer: Of this incarnation.
+      optimizer: The one that made the log's updates.
       incarnation: This one.
       software: Library to version, now.
 
@@ -75,8 +77,11 @@ def recover(
       NotFinite: The snapshot's weights are not finite.
     """
     began = said = time.monotonic()
-    store = Store(tree, optimizer, restored(snapshot, tree, optimizer, incarnation))
-    warnings = _changes(snapshot.facts.software, software)
+    start = restored(snapshot, tree, optimizer, incarnation)
+    made_with = snapshot.facts.optimizer
+    settings, dropped = without_numbers(start.settings, made_with, optimizer.text)
+    store = Store(tree, optimizer, dataclasses.replace(start, settings=settings))
+    warnings = [*_changes(snapshot.facts.software, software), *dropped]
     lines: list[Line] = []
     replayed, same_bits, ends_early = 0, True, False
     for record in recovery:
@@ -115,7 +120,16 @@ def recover(
         tuple(warnings),
         tuple(lines),
         ends_early,
+        is_saved=not replayed and made_with == optimizer.text,
     )
+
+
+def without_numbers(before: Settings, old: str, new: str) -> tuple[Settings, list[str]]:
+    """With no numbers that were set of an optimizer, unless it is the same one; and warnings."""
+    if old == new or not (before.numbers or before.planned):
+        return before, []
+    warning = f"the optimizer is {new} now: the numbers that were set of {old} no longer hold"
+    return dataclasses.replace(before, numbers={}, planned=()), [warning]
 
 
 def _is_new(record: Record, store: Store) -> bool:

@@ -39,7 +39,7 @@ class Saver:
         self._saved_version = prepared.snapshot_version
         self._began_time = run.clock()
         self._failed_time: float | None = None
-        if run.current.version == prepared.snapshot_version:
+        if prepared.is_saved:
             self._saved = run.current
 
     async def save_when_due(self) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from headwater import Client, Server
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos import snapshot_file
 from headwater.protos.errors import Reason, Refused
 from kit import counting, processes
 from kit.line import ONES, LineRun, line
@@ -264,6 +265,17 @@ def test_what_was_set_survives_kill_9_at_once(tmp_path: Path, durability: str) -
     assert moved == [-1.5, -1.75, -2.0]
     events = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert events.count('"kind": "set"') == 2
+
+
+def test_a_run_that_another_optimizer_took_over_is_written_down_as_its(tmp_path: Path) -> None:
+    """Though nothing was trained."""
+    folder = tmp_path / "run"
+    for options in ({}, {"optimizer": "sgd(0.25)"}):
+        with Server(line("sgd(1.0)"), run_dir=folder, **options) as server:
+            server.stop()
+            server.wait(30)
+    (snapshot,) = folder.glob("snapshot-*")
+    assert snapshot_file.read(snapshot).facts.optimizer == "sgd(0.25)"
 
 
 def test_every_batch_counts_once_while_the_dial_is_turned_and_a_worker_is_killed(

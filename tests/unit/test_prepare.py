@@ -18,11 +18,13 @@ from headwater.server.log_records import Kind
 from headwater.server.prepare import Prepared, prepare
 from headwater.worker.load import LoadedTask
 from kit import counting
+from kit.disk import FaultyDisk, set_faults
 
 
 def prepared(run_dir: Path, **options: Any) -> Prepared:
     task = counting.task(examples=64, epochs=4, batch_size=8)
-    config = ServerConfig(listen="127.0.0.1:0", run_dir=run_dir, durability="log", **options)
+    options = {"durability": "log", **options}
+    config = ServerConfig(listen="127.0.0.1:0", run_dir=run_dir, **options)
     return prepare(LoadedTask(task, "counting", {}, ""), config)
 
 
@@ -42,9 +44,20 @@ def make_updates(run: Prepared, count: int) -> None:
     run.log.sync()
 
 
-def crash(run: Prepared) -> None:
+def set_numbers(run: Prepared, **numbers: float) -> None:
     assert run.log is not None
-    run.log.abandon()
+    now = run.store.current
+    settings = now.settings.with_numbers(numbers, None)
+    run.log.append(
+        Kind.SETTINGS, version=now.version, gradient=memoryview(b""), detail=settings.to_json()
+    )
+    run.store.set(settings)
+    run.log.sync()
+
+
+def crash(run: Prepared) -> None:
+    if run.log is not None:
+        run.log.abandon()
     run.run_dir.close()
 
 
@@ -85,6 +98,86 @@ def test_acknowledged_updates_stay_what_they_were_under_another_optimizer(
     crash(run)
     run = prepared(tmp_path)
     assert (run.store.current.version, cells(run)) == (6, {after})
+    crash(run)
+
+
+@pytest.mark.parametrize("then", ["sgd(0.25)", "scale(-0.25)"])
+@pytest.mark.parametrize("is_set_last", [False, True], ids=["set earlier", "set last"])
+def test_what_was_set_of_one_optimizer_never_comes_back_over_the_next_ones_updates(
+    is_set_last: bool, then: str, tmp_path: Path
+) -> None:
+    """The second has no number of that name: the run could not even start."""
+    run = prepared(tmp_path, optimizer="sgd(1.0)")
+    if not is_set_last:
+        set_numbers(run, learning_rate=1.0)
+    make_updates(run, 2)
+    if is_set_last:
+        set_numbers(run, learning_rate=0.5)
+    run.save(run.store.current)
+    crash(run)
+
+    run = prepared(tmp_path, optimizer=then)
+    make_updates(run, 1)
+    assert cells(run) == {2.25}
+    crash(run)
+
+    run = prepared(tmp_path)
+    assert (cells(run), run.store.current.settings.numbers) == ({2.25}, {})
+    (warning,) = run.warnings
+    assert f"the optimizer is {then} now: the numbers that were set of sgd(1.0)" in warning
+    crash(run)
+
+
+def test_what_was_dropped_for_one_optimizer_is_gone_when_the_first_is_back(tmp_path: Path) -> None:
+    run = prepared(tmp_path, optimizer="sgd(1.0)")
+    set_numbers(run, learning_rate=0.5)
+    run.save(run.store.current)
+    crash(run)
+    crash(prepared(tmp_path, optimizer="sgd(0.25)"))
+
+    run = prepared(tmp_path, optimizer="sgd(1.0)")
+    make_updates(run, 1)
+    assert cells(run) == {1.0}
+    crash(run)
+
+    run = prepared(tmp_path)
+    assert cells(run) == {1.0}
+    crash(run)
+
+
+@pytest.mark.parametrize("durability", ["log", "snapshot"])
+@pytest.mark.parametrize(
+    ("operation", "file"),
+    [("rename", "snapshot-*"), ("remove", "updates-*"), ("rename", "run.json")],
+)
+@pytest.mark.parametrize("goes_back", [True, False], ids=["to the old one", "to the new one"])
+def test_a_crash_while_the_optimizer_is_changed_takes_nothing_back(
+    goes_back: bool,
+    operation: str,
+    file: str,
+    durability: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir, control = tmp_path / "run", tmp_path / "faults.json"
+    run = prepared(run_dir, optimizer="sgd(1.0)")
+    set_numbers(run, learning_rate=0.5)
+    make_updates(run, 2)
+    crash(run)
+
+    monkeypatch.setattr(files, "DISK", FaultyDisk(control))
+    set_faults(control, {"operation": operation, "files": file, "error": "ENOSPC"})
+    with pytest.raises(UsageError, match="No space left on device"):
+        prepared(run_dir, optimizer="sgd(0.25)", durability=durability)
+    set_faults(control)
+
+    run = prepared(run_dir, **({} if goes_back else {"optimizer": "sgd(0.25)"}))
+    assert cells(run) == {1.0}
+    make_updates(run, 1)
+    assert cells(run) == {1.5 if goes_back else 1.25}
+    crash(run)
+    run = prepared(run_dir)
+    assert cells(run) == {1.5 if goes_back else 1.25}
     crash(run)
 
 
