@@ -74,8 +74,13 @@ class Prepared:
 
         Raises:
           OSError: The disk is full or broken.
+          LogBroken: The disk failed, before or now.
         """
         self.history.sync()
+        # No snapshot is ahead of the log: of what was set at its version a recovery replays
+        # all that the log has, and would end with less than the snapshot had.
+        if self.log is not None and not self.log.is_synced:
+            self.log.sync()
         _save(self.snapshots, self.identity, self.optimizer_text, published, self.rounds)
 
 

@@ -136,7 +136,8 @@ def _is_new(record: Record, store: Store) -> bool:
     """Whether the state lacks a record; raises where records before it are missing."""
     current = store.current
     if record.kind is Kind.SETTINGS:
-        # Harmless a second time, where the snapshot has them already.
+        # Harmless a second time, where the snapshot has them already: the log has them all
+        # (Prepared.save), so that the last ones are the last again.
         if record.version < current.version:
             return False
     elif _positions(record)[0] in current.applied:

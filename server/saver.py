@@ -13,7 +13,7 @@ import logging
 from headwater.server.prepare import Prepared
 from headwater.server.run_state import Run
 from headwater.server.store import Published
-from headwater.server.update_log import UpdateLog
+from headwater.server.update_log import LogBroken, UpdateLog
 from headwater.server.updates import Updates
 
 log = logging.getLogger("headwater.server")
@@ -57,10 +57,11 @@ class Saver:
             self._began_time = self._run.clock()
             try:
                 await asyncio.to_thread(self._prepared.save, published)
-            except OSError as error:
+            except (OSError, LogBroken) as error:
+                reason = getattr(error, "strerror", None) or error
                 problem = (
                     f"version {published.version} could not be written to "
-                    f"{self._prepared.run_dir.path}: {error.strerror or error}; what has come "
+                    f"{self._prepared.run_dir.path}: {reason}; what has come "
                     f"since version {self._run.durable_version} would be lost in a crash"
                 )
                 self._failed_time = self._run.clock()

@@ -18,7 +18,7 @@ from headwater.server.log_records import Kind
 from headwater.server.prepare import Prepared, prepare
 from headwater.worker.load import LoadedTask
 from kit import counting
-from kit.disk import FaultyDisk, set_faults
+from kit.disk import FaultyDisk, ForgetfulDisk, power_loss, set_faults
 
 
 def prepared(run_dir: Path, **options: Any) -> Prepared:
@@ -52,7 +52,6 @@ def set_numbers(run: Prepared, **numbers: float) -> None:
         Kind.SETTINGS, version=now.version, gradient=memoryview(b""), detail=settings.to_json()
     )
     run.store.set(settings)
-    run.log.sync()
 
 
 def crash(run: Prepared) -> None:
@@ -178,6 +177,27 @@ def test_a_crash_while_the_optimizer_is_changed_takes_nothing_back(
     crash(run)
     run = prepared(run_dir)
     assert cells(run) == {1.5 if goes_back else 1.25}
+    crash(run)
+
+
+def test_after_a_loss_of_power_what_was_set_last_holds_though_only_a_snapshot_was_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, shadow = tmp_path / "run", tmp_path / "shadow"
+    monkeypatch.setattr(files, "DISK", ForgetfulDisk(shadow))
+    run = prepared(run_dir, optimizer="sgd(1.0)")
+    assert run.log is not None
+    set_numbers(run, learning_rate=0.5)
+    run.log.sync()
+    set_numbers(run, learning_rate=0.25)
+    run.save(run.store.current)
+    crash(run)
+    power_loss(run_dir, shadow)
+    monkeypatch.setattr(files, "DISK", files.Disk())
+
+    run = prepared(run_dir)
+
+    assert run.store.current.settings.numbers == {"learning_rate": 0.25}
     crash(run)
 
 
