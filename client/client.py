@@ -100,7 +100,8 @@ class Client:
 
         Each has `value`, as text; `is_set`, whether it was changed by `set`; `compiles`,
         whether another value has the update compiled anew; and `planned`, a list of
-        {"after_version": …, "value": …}.
+        {"after_version": …, "value": …, "queued": …}. What is `queued` waits to be written down:
+        its version is the earliest, and it is lost if the server ends before.
         """
         return _by_name(self._ask("GetSettings", pb.SettingsRequest()))
 
@@ -198,7 +199,8 @@ class Client:
           What was done.
 
         Raises:
-          Refused: BAD_SETTING; says what can be set.
+          Refused: BAD_SETTING; says what can be set. UNWRITABLE; the server's disk is broken,
+            or full: then the change is queued, see `settings`.
         """
         texts = {name: str(value) for name, value in values.items()}
         request = pb.SetRequest(values=texts, at_version=at_version)

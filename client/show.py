@@ -203,7 +203,9 @@ def settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, setting in settings.items():
         notes = ["set"] if setting["is_set"] else []
         notes += [
-            f"{p['value']} from version {p['after_version']:,} on" for p in setting["planned"]
+            f"{p['value']} from version {p['after_version']:,} on"
+            + (" at the earliest (queued: not written down yet)" if p["queued"] else "")
+            for p in setting["planned"]
         ]
         if setting["compiles"]:
             notes.append("to change it compiles the update anew")

@@ -700,12 +700,14 @@ class Setting(_message.Message):
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ..., is_set: bool = ..., compiles: bool = ..., planned: _Optional[_Iterable[_Union[PlannedValue, _Mapping]]] = ...) -> None: ...
 
 class PlannedValue(_message.Message):
-    __slots__ = ("after_version", "value")
+    __slots__ = ("after_version", "value", "queued")
     AFTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
     after_version: int
     value: str
-    def __init__(self, after_version: _Optional[int] = ..., value: _Optional[str] = ...) -> None: ...
+    queued: bool
+    def __init__(self, after_version: _Optional[int] = ..., value: _Optional[str] = ..., queued: bool = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("worker",)

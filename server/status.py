@@ -60,7 +60,7 @@ def status(run: Run) -> pb.StatusReply:
         local_steps=run.rounds.steps,
         inner_optimizer=run.inner_optimizer,
         optimizer=run.optimizer_text,
-        optimizer_numbers=run.settings.numbers,
+        optimizer_numbers=run.current.settings.numbers,
         skipped=skipped,
         problems=list(run.problems.values()),
         uptime_s=now - run.began_time,

@@ -15,6 +15,7 @@ from typing import Any
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused, UsageError
+from headwater.server.applier import Result
 from headwater.server.dial import Dial
 from headwater.server.optimizer import (
     UPDATE_SCALE,
@@ -24,7 +25,7 @@ from headwater.server.optimizer import (
 )
 from headwater.server.roster import printable
 from headwater.server.run_state import Run
-from headwater.server.settings import Settings
+from headwater.server.settings import Planned, Settings
 from headwater.server.store import Published, Store
 from headwater.server.updates import Updates
 from headwater.worker.compute import differences
@@ -99,9 +100,9 @@ class Steering:
 
     async def settings(self) -> list[pb.Setting]:
         """All that can be set, and how it stands."""
-        published = self._run.current
+        published, newest = self._run.current, self._run.settings
         numbers = await asyncio.to_thread(_numbers, self._store.optimizer, published)
-        return list(_described(numbers, self._run.settings))
+        return list(_described(numbers, published, newest))
 
     async def set(self, values: Mapping[str, str], at_version: int | None) -> str:
         """Change settings, all or none; returns what was done when it holds, for people.
@@ -111,7 +112,8 @@ class Steering:
           at_version: The update that follows it is the first with the numbers; None: the next.
 
         Raises:
-          Refused: BAD_SETTING; says what can be set. UNWRITABLE: the update log failed.
+          Refused: BAD_SETTING; says what can be set. UNWRITABLE: the update log failed, and
+            nothing was changed; or it is full, and the change is queued.
         """
         async with self._setting:
             dial, numbers = await self._read(values, at_version)
@@ -128,16 +130,20 @@ class Steering:
             if dial is not None:
                 compute = self._shared_compute(dial)
                 changed = dataclasses.replace(changed, dial=dial, compute=compute)
-            published = await self._change(changed)
-        self._on_event(
-            "set", {"version": published.version, "values": dict(values), "at_version": at_version}
-        )
+            published = await self._change(
+                changed, {"values": dict(values), "at_version": at_version}
+            )
         since = published.version if at_version is None else at_version
         shown = ", ".join(f"{name}={value}" for name, value in values.items())
         return f"{shown} from version {since} on"
 
-    async def _change(self, settings: Settings) -> Published:
+    async def _change(self, settings: Settings, event: Mapping[str, Any]) -> Published:
+        def note(done: asyncio.Future[Result]) -> None:
+            if isinstance(result := done.result(), Published):
+                self._on_event("set", {"version": result.version, **event})
+
         done = self._updates.change(settings)
+        done.add_done_callback(note)  # also if it is done when nobody waits for it any more
         self._updates.turn(settings.dial)
         self._pump()
         try:
@@ -146,7 +152,8 @@ class Steering:
             why = self._run.problems.get("log", "updates before it are slow")
             raise Refused(
                 Reason.UNWRITABLE,
-                f"not done within {CHANGE_TIMEOUT_S:.0f} s, but it will be: {why}",
+                f"not done within {CHANGE_TIMEOUT_S:.0f} s: {why}. It is still queued: it takes "
+                "effect once that is over, and is lost if the server ends before",
             ) from None
         if isinstance(result, Published):
             return result
@@ -283,22 +290,42 @@ def _number(name: str, text: str) -> float:
     return value
 
 
-def _described(numbers: Mapping[str, HyperParameter], settings: Settings) -> Iterable[pb.Setting]:
-    yield pb.Setting(name=CONSISTENCY, value=str(settings.dial))
+def _described(
+    numbers: Mapping[str, HyperParameter], published: Published, newest: Settings
+) -> Iterable[pb.Setting]:
+    """How all stand in a version; what of the newest is not in force in it is queued."""
+    now = published.settings
+    newest = newest.at(published.version - 1)  # queued before this version, with plans of its past
+    dials = [_queued(published.version, str(newest.dial))] if newest.dial != now.dial else []
+    yield pb.Setting(name=CONSISTENCY, value=str(now.dial), planned=dials)
     for name, number in numbers.items():
-        value = settings.numbers.get(name, number.value)
-        planned = [
-            pb.PlannedValue(after_version=plan.after_version, value=repr(plan.value))
-            for plan in settings.planned
-            if plan.name == name
-        ]
+        value = now.numbers.get(name, number.value)
         yield pb.Setting(
             name=name,
             value=SCHEDULE if value is None else repr(float(value)),
-            is_set=name in settings.numbers,
-            compiles=number.change is Change.RECOMPILED and name not in settings.numbers,
-            planned=planned,
+            is_set=name in now.numbers,
+            compiles=number.change is Change.RECOMPILED and name not in now.numbers,
+            planned=_planned(name, published, newest),
         )
+
+
+def _planned(name: str, published: Published, newest: Settings) -> list[pb.PlannedValue]:
+    now = published.settings
+    found = [
+        pb.PlannedValue(after_version=plan.after_version, value=repr(plan.value))
+        for plan in now.planned
+        if plan.name == name
+    ]
+    queued = [plan for plan in newest.planned if plan.name == name and plan not in now.planned]
+    value = newest.numbers.get(name)
+    if value is not None and value != now.numbers.get(name):
+        queued = [Planned(published.version, name, value), *queued]
+    found += [_queued(plan.after_version, repr(plan.value)) for plan in queued]
+    return sorted(found, key=lambda plan: plan.after_version)
+
+
+def _queued(after_version: int, value: str) -> pb.PlannedValue:
+    return pb.PlannedValue(after_version=after_version, value=value, queued=True)
 
 
 def _bad(what: str) -> Refused:

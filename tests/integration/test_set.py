@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import optax
 import pytest
 
 from headwater import Client, Server
+from headwater.protos import files, snapshot_file
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos import snapshot_file
 from headwater.protos.errors import Reason, Refused
+from headwater.server import journal, steering
 from kit import counting, processes
+from kit.disk import FaultyDisk, set_faults
 from kit.line import ONES, LineRun, line
 from kit.protocol import BareWorker, hello_of
 from kit.waiting import wait_for
@@ -103,8 +106,9 @@ def test_a_number_set_at_a_version_is_the_first_of_the_update_after_it(
     run.client.set({"learning_rate": 0.125}, at_version=4)
     planned = run.client.settings()["learning_rate"]["planned"]
     assert planned == [
-        {"after_version": 3, "value": "0.5"}, {"after_version": 4, "value": "0.125"}
-    ]  # fmt: skip
+        {"after_version": 3, "value": "0.5", "queued": False},
+        {"after_version": 4, "value": "0.125", "queued": False},
+    ]
     assert [run.push() for _ in range(6)] == [1.0, 1.0, 1.0, 0.5, 0.125, 0.125]
     assert run.client.settings()["learning_rate"]["planned"] == []
     assert run.value("learning_rate") == "0.125"
@@ -265,6 +269,85 @@ def test_what_was_set_survives_kill_9_at_once(tmp_path: Path, durability: str) -
     assert moved == [-1.5, -1.75, -2.0]
     events = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert events.count('"kind": "set"') == 2
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether the update log finds the disk full; nobody waits long for it."""
+    control = tmp_path / "faults.json"
+    monkeypatch.setattr(files, "DISK", FaultyDisk(control))
+    monkeypatch.setattr(journal, "RETRY_S", 0.05)
+    monkeypatch.setattr(steering, "CHANGE_TIMEOUT_S", 0.2)
+    rule = {"operation": "write", "files": "updates-*", "error": "ENOSPC"}
+    return lambda is_full: set_faults(control, *([rule] if is_full else []))
+
+
+def set_events(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "set"]
+
+
+def test_what_is_set_while_the_log_is_full_is_queued_and_noted_when_it_holds(
+    start: Callable[..., LineRun], full: Callable[[bool], None], tmp_path: Path
+) -> None:
+    run = start("sgd(1.0)", durability="log")
+    assert run.push() == 1.0
+    full(True)
+
+    with pytest.raises(Refused, match="still queued: it takes effect once that is over") as refused:
+        run.client.set({"learning_rate": 0.5})
+    with pytest.raises(Refused):
+        run.client.set({"learning_rate": 0.25}, at_version=3)
+    with pytest.raises(Refused):
+        run.client.set({"consistency": "bounded:3"})
+
+    assert refused.value.reason is Reason.UNWRITABLE
+    assert "No space left on device" in str(refused.value)
+    assert "lost if the server ends before" in str(refused.value)
+    settings = run.client.settings()
+    assert settings["learning_rate"] == {
+        "value": "1.0", "is_set": False, "compiles": False, "planned": [
+            {"after_version": 1, "value": "0.5", "queued": True},
+            {"after_version": 3, "value": "0.25", "queued": True},
+        ]
+    }  # fmt: skip
+    assert settings["consistency"]["value"] == "async"
+    assert settings["consistency"]["planned"] == [
+        {"after_version": 1, "value": "bounded:3", "queued": True}
+    ]
+    assert run.client.status()["optimizer_numbers"] == {}
+    assert set_events(tmp_path / "run") == []
+
+    full(False)
+    wait_for(lambda: run.value("consistency") == "bounded:3", "all are in force")
+    settings = run.client.settings()
+    assert (settings["learning_rate"]["value"], settings["consistency"]["planned"]) == ("0.5", [])
+    assert settings["learning_rate"]["planned"] == [
+        {"after_version": 3, "value": "0.25", "queued": False}
+    ]
+    assert [(event["version"], event["values"]) for event in set_events(tmp_path / "run")] == [
+        (1, {"learning_rate": "0.5"}),
+        (1, {"learning_rate": "0.25"}),
+        (1, {"consistency": "bounded:3"}),
+    ]
+    assert [run.push() for _ in range(3)] == [0.5, 0.5, 0.25]
+
+
+def test_what_is_queued_when_the_server_is_stopped_is_lost_and_nowhere_noted(
+    full: Callable[[bool], None], tmp_path: Path
+) -> None:
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        full(True)
+        with pytest.raises(Refused, match="lost if the server ends before"):
+            run.client.set({"learning_rate": 0.5})
+        run.server.stop()
+        run.server.wait(30)
+    full(False)
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        assert run.value("learning_rate") == "1.0"
+    assert set_events(tmp_path / "run") == []
 
 
 def test_a_run_that_another_optimizer_took_over_is_written_down_as_its(tmp_path: Path) -> None:

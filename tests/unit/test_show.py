@@ -442,3 +442,16 @@ def test_a_name_with_brackets_is_shown_as_it_is(name: str) -> None:
 
 def test_just_under_a_unit_is_one_of_the_next() -> None:
     assert show.size(999_999) == "1.0 MB"
+
+
+def test_what_is_set_and_not_in_force_yet_is_shown_as_queued() -> None:
+    planned = [
+        {"after_version": 1200, "value": "0.5", "queued": True},
+        {"after_version": 3000, "value": "0.25", "queued": False},
+    ]
+    setting = {"value": "1.0", "is_set": False, "compiles": False, "planned": planned}
+    (line,) = lines(show.settings_table({"learning_rate": setting}), width=200)
+    assert line == (
+        "learning_rate  1.0  0.5 from version 1,200 on at the earliest (queued: not written down "
+        "yet); 0.25 from version 3,000 on"
+    )
