@@ -180,7 +180,7 @@ class Client:
 
     def pause(self) -> str:
         """Hold the weights at their version until `resume`. Returns what was done."""
-        return self._steer("Pause", pb.PauseRequest())
+        return self._steer("Pause", pb.PauseRequest(), timeout_s=SNAPSHOT_TIMEOUT_S)
 
     def resume(self) -> str:
         """Undo `pause`."""

@@ -71,7 +71,11 @@ class Steering:
     # ------------------------------------------------------------ pause, resume
 
     async def pause(self) -> str:
-        """Hold the weights at their version; returns when nothing is being applied any more."""
+        """Hold the weights at their version; returns when nothing is being applied any more.
+
+        Or after CHANGE_TIMEOUT_S: then it says what those that were on their way still wait for.
+        They move the version when that is over.
+        """
         run = self._run
         if run.state_override is not None:
             return "the run is over; there is nothing to pause"
@@ -79,7 +83,10 @@ class Steering:
             run.admission.paused = True
             self._paused_time = run.clock()
             self._on_event("pause", {"version": run.current.version})
-        await self._updates.idle.wait()
+        try:
+            await asyncio.wait_for(self._updates.idle.wait(), CHANGE_TIMEOUT_S)
+        except TimeoutError:
+            return f"paused, but what was on its way still waits: {self._what_holds_up()}"
         return f"paused at version {run.current.version}"
 
     def resume(self) -> str:
@@ -149,15 +156,17 @@ class Steering:
         try:
             result = await asyncio.wait_for(asyncio.shield(done), CHANGE_TIMEOUT_S)
         except TimeoutError:
-            why = self._run.problems.get("log", "updates before it are slow")
             raise Refused(
                 Reason.UNWRITABLE,
-                f"not done within {CHANGE_TIMEOUT_S:.0f} s: {why}. It is still queued: it takes "
-                "effect once that is over, and is lost if the server ends before",
+                f"not done within {CHANGE_TIMEOUT_S:.0f} s: {self._what_holds_up()}. It is still "
+                "queued: it takes effect once that is over, and is lost if the server ends before",
             ) from None
         if isinstance(result, Published):
             return result
         raise Refused(Reason.UNWRITABLE, f"nothing was changed: {result}")
+
+    def _what_holds_up(self) -> str:
+        return self._run.problems.get("log", "updates that came before are slow")
 
     async def _read(
         self, values: Mapping[str, str], at_version: int | None

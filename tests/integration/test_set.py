@@ -350,6 +350,26 @@ def test_what_is_queued_when_the_server_is_stopped_is_lost_and_nowhere_noted(
     assert set_events(tmp_path / "run") == []
 
 
+def test_a_pause_while_the_log_is_full_says_what_still_waits(
+    start: Callable[..., LineRun], full: Callable[[bool], None]
+) -> None:
+    run = start("sgd(1.0)", durability="log")
+    worker = run.worker()
+    ticket = worker.ticket()
+    full(True)
+    worker.push(ticket, ONES.tobytes())
+    wait_for(lambda: run.client.status()["problems"], "the log is full")
+
+    said = run.client.pause()
+
+    assert said.startswith("paused, but what was on its way still waits: the update log in ")
+    assert "No space left on device" in said
+    assert run.client.status()["state"] == "paused"
+    full(False)
+    assert worker.outcome().code == pb.OUTCOME_APPLIED
+    assert run.client.pause() == "paused at version 1"
+
+
 def test_a_run_that_another_optimizer_took_over_is_written_down_as_its(tmp_path: Path) -> None:
     """Though nothing was trained."""
     folder = tmp_path / "run"
