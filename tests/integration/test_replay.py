@@ -255,6 +255,24 @@ def test_an_update_that_differs_is_named(run: Path) -> None:
     )
 
 
+def test_an_update_that_is_not_finite_now_is_named(run: Path, tmp_path: Path) -> None:
+    def tamper(line: dict[str, Any]) -> None:
+        if "incarnation" in line:
+            line["set"]["planned"] = [[11, "eps_root", -1.0]]
+
+    edit(run, tamper)
+
+    report = replayed(run, out=tmp_path / "last.safetensors")
+
+    assert report.line() == (
+        "version 12 differs: its gradients have the same bits, and what they make is not finite: "
+        "1152 of the 1152 numbers in first would not be finite any more; lower the learning rate"
+    )
+    assert report.difference is not None
+    assert report.difference["what"] == "update"
+    assert report.out_version == 11, "the last that is as it was"
+
+
 def test_where_not_each_version_has_a_checksum_the_last_that_had_one_is_named(run: Path) -> None:
     def tamper(line: dict[str, Any]) -> None:
         if "w" in line and line["v"] % 5:
