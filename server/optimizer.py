@@ -104,6 +104,9 @@ class AbstractOptimizer(abc.ABC):
 
         NaN means to follow the schedule. Values of numbers that are not live are
         passed over. The keys change, and with them what is compiled, at most once.
+
+        Raises:
+          OptimizerError: One is beyond what the traced number can hold.
         """
         return {}
 
@@ -124,7 +127,8 @@ class AbstractOptimizer(abc.ABC):
 
         Raises:
           OptimizerError: There is no such number, or a value cannot be had: optax
-            refuses it, or the state would be of another kind.
+            refuses it, it is beyond what the update computes with, or the state
+            would be of another kind.
         """
         return self if not values else _refuse(self.text, values, ())
 
@@ -132,7 +136,8 @@ class AbstractOptimizer(abc.ABC):
         """The state with these IN_STATE numbers, of the dtypes they had.
 
         Raises:
-          OptimizerError: There is no such number, or a schedule writes it.
+          OptimizerError: There is no such number, a schedule writes it, or its
+            dtype cannot hold the value.
         """
         return state if not values else _refuse(self.text, values, ())
 
@@ -202,6 +207,7 @@ class OptaxOptimizer(AbstractOptimizer):
         values = {}
         for name, number in self._source.numbers.items():
             if name in set_values and (number.is_live or name == UPDATE_SCALE):
+                self._check_held(name, set_values[name])
                 values[name] = float(set_values[name])
             elif number.is_live:
                 values[name] = math.nan if number.value is None else number.value
@@ -220,6 +226,8 @@ class OptaxOptimizer(AbstractOptimizer):
         own = [name for name, number in self._source.numbers.items() if not number.is_live]
         if not values.keys() <= set(own):
             _refuse(self.text, values, own)
+        for name, value in values.items():
+            self._check_held(name, value)
         try:
             other = OptaxOptimizer(
                 self._source.with_numbers({k: float(v) for k, v in values.items()}), self.text
@@ -254,6 +262,7 @@ class OptaxOptimizer(AbstractOptimizer):
             whole = not jnp.issubdtype(number.dtype, jnp.inexact)
             if whole and not float(values[name]).is_integer():
                 raise self._cannot_have({name: values[name]}, "it is a whole number")
+            self._check_held(name, values[name], number.dtype)
             return jax.device_put(np.asarray(values[name], number.dtype))  # compiles nothing
 
         return _map_injected(put, state, self._source.numbers)
@@ -268,6 +277,16 @@ class OptaxOptimizer(AbstractOptimizer):
 
         _map_injected(see, state, self._source.numbers)
         return found
+
+    def _check_held(self, name: str, value: float, dtype: Any = float) -> None:
+        """By default, of a number in the update itself: of the precision that JAX has."""
+        kept = jax.dtypes.canonicalize_dtype(dtype)
+        limits = jnp.finfo(kept) if jnp.issubdtype(kept, jnp.inexact) else jnp.iinfo(kept)
+        # Python's own, which compare as they are: a number of 8 bits would round the value.
+        lowest, highest = (limit.item() for limit in map(np.asarray, (limits.min, limits.max)))
+        if not lowest <= value <= highest:
+            what = f"{kept} holds numbers from {lowest} to {highest}"
+            raise self._cannot_have({name: value}, what)
 
     def _cannot_have(self, values: Mapping[str, float], why: str) -> OptimizerError:
         shown = ", ".join(f"{name}={value!r}" for name, value in values.items())

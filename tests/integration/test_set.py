@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+
+
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +165,31 @@ def test_what_cannot_be_set_is_refused_whole(
         run.client.set(values, at_version=at_version)
     assert refused.value.reason is Reason.BAD_SETTING
     assert run.client.settings() == before
+
+
+@pytest.mark.parametrize("at_version", [None, 5])
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"learning_rate": "1e39"}, "cannot have learning_rate=1e+39: float32 holds numbers from"),
+        (
+            {"step_size": "1e30"},
+            "cannot have step_size=1e+30: int32 holds numbers from -2147483648",
+        ),
+    ],
+    ids=["live", "in the state"],
+)
+def test_what_a_number_cannot_hold_is_refused_before_anything_changes(
+    start: Callable[..., LineRun], values: dict[str, str], text: str, at_version: int | None
+) -> None:
+    run = start("chain(sgd(1.0), inject_hyperparams(scale)(1))")
+    run.client.set({"learning_rate": 0.5, "step_size": 2}, at_version=7)
+    before = run.client.settings()
+    with pytest.raises(Refused, match=re.escape(text)) as refused:
+        run.client.set(values, at_version=at_version)
+    assert refused.value.reason is Reason.BAD_SETTING
+    assert run.client.settings() == before
+    assert run.push() == 1.0
 
 
 def test_a_run_that_is_over_cannot_be_set(start: Callable[..., LineRun], tmp_path: Path) -> None:

@@ -487,6 +487,60 @@ def test_a_whole_number_in_the_state_stays_whole() -> None:
         optimizer.set_in_state(state, {"step_size": 2.5})
 
 
+BEYOND = [
+    ("inject_hyperparams(scale)(2)", {"step_size": 1e30}, "int32 .* -2147483648 to 2147483647"),
+    (
+        "inject_hyperparams(scale)(2.0)",
+        {"step_size": -1e39},
+        r"float32 .* 3\.4028234663852886e\+38",
+    ),
+    ("sgd(0.1, momentum=live(0.9))", {"momentum": 1e39}, r"float32 .* 3\.4028234663852886e\+38"),
+    ("adam(1e-3)", {"b1": 1e39}, r"float32 .* 3\.4028234663852886e\+38"),
+]
+
+
+@pytest.mark.parametrize(("spec", "values", "holds"), BEYOND)
+def test_a_value_that_a_number_cannot_hold_is_refused(spec: str, values: Any, holds: str) -> None:
+    optimizer = resolve(spec, 10)
+    state = optimizer.init(PARAMS)
+    shown = re.escape(", ".join(f"{name}={value!r}" for name, value in values.items()))
+
+    with pytest.raises(OptimizerError, match=f"cannot have {shown}: {holds}$"):
+        take(optimizer, state, values)
+
+
+def test_the_largest_that_a_number_can_hold_is_taken() -> None:
+    largest = float(jnp.finfo(jnp.float32).max)
+    injected = resolve("inject_hyperparams(scale)(2.0)", 10)
+
+    assert resolve("adam(1e-3)", 10).live_values({"learning_rate": largest}) == {
+        "learning_rate": largest
+    }
+    state = injected.set_in_state(injected.init(PARAMS), {"step_size": -largest})
+    assert state.hyperparams["step_size"] == -largest
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float16, 65504.0), (jnp.float8_e4m3fn, 448.0)])
+def test_a_narrow_number_in_the_state_holds_less(dtype: Any, most: float) -> None:
+    optimizer = resolve(optax.inject_hyperparams(optax.scale)(jnp.asarray(2, dtype)), 10)
+    state = optimizer.init({"x": jnp.ones(2, dtype)})
+    assert state.hyperparams["step_size"].dtype == dtype
+
+    kept = optimizer.set_in_state(state, {"step_size": most})
+    assert float(kept.hyperparams["step_size"]) == most
+    with pytest.raises(
+        OptimizerError, match=f"{np.dtype(dtype)} holds numbers from -{most} to {most}"
+    ):
+        optimizer.set_in_state(state, {"step_size": 2 * most})
+
+
+def take(optimizer: AbstractOptimizer, state: Any, values: dict[str, float]) -> None:
+    """Set them, each where it belongs."""
+    optimizer.live_values(values)
+    optimizer.with_numbers(optimizer.compiled_in(values), PARAMS)
+    optimizer.set_in_state(state, optimizer.in_state(values))
+
+
 class Fixed(AbstractOptimizer):
     """Has no numbers."""
 
