@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from headwater.protos import parameter_server_pb2 as pb
@@ -108,8 +108,10 @@ class Steering:
     async def settings(self) -> list[pb.Setting]:
         """All that can be set, and how it stands."""
         published, newest = self._run.current, self._run.settings
-        numbers = await asyncio.to_thread(_numbers, self._store.optimizer, published)
-        return list(_described(numbers, published, newest))
+        optimizer = self._store.optimizer
+        numbers = await asyncio.to_thread(_numbers, optimizer, published)
+        live = optimizer.live_values(published.settings.numbers)
+        return list(_described(numbers, live, published, newest))
 
     async def set(self, values: Mapping[str, str], at_version: int | None) -> str:
         """Change settings, all or none; returns what was done when it holds, for people.
@@ -300,7 +302,10 @@ def _number(name: str, text: str) -> float:
 
 
 def _described(
-    numbers: Mapping[str, HyperParameter], published: Published, newest: Settings
+    numbers: Mapping[str, HyperParameter],
+    live: Container[str],
+    published: Published,
+    newest: Settings,
 ) -> Iterable[pb.Setting]:
     """How all stand in a version; what of the newest is not in force in it is queued."""
     now = published.settings
@@ -313,7 +318,7 @@ def _described(
             name=name,
             value=SCHEDULE if value is None else repr(float(value)),
             is_set=name in now.numbers,
-            compiles=number.change is Change.RECOMPILED and name not in now.numbers,
+            compiles=number.change is Change.RECOMPILED and name not in live,
             planned=_planned(name, published, newest),
         )
 

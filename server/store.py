@@ -26,6 +26,9 @@ from headwater.worker.tree import ParameterTree, PyTree
 Leaves = Sequence[Any]
 """Arrays of the parameters' shapes and dtypes, in layout order."""
 
+KEPT_UPDATES = 8
+"""Compiled updates kept for numbers that may be set again, beside those that are needed."""
+
 
 class NotFinite(ValueError):
     """A gradient or its loss holds NaN or infinity; names the first place. Nothing changed."""
@@ -133,7 +136,7 @@ class Store:
         Raises:
           OptimizerError: A number cannot be set to that.
         """
-        stages = [settings, *(settings.at(plan.after_version) for plan in settings.planned)]
+        stages = _stages(settings)
         # Those in the state cost no compilation, but may not be what the state can hold.
         in_state = {n: v for s in stages for n, v in self.optimizer.in_state(s.numbers).items()}
         if in_state:
@@ -146,7 +149,15 @@ class Store:
     def set(self, settings: Settings) -> Published:
         """Have other settings hold from the next update on; the version stays."""
         self.current = self._with(self.current, settings)
+        self._forget_updates()
         return self.current
+
+    def _forget_updates(self) -> None:
+        """Of those that were compiled, keep the ones that are needed, and the newest others."""
+        needed = {self._key(stage) for stage in _stages(self.current.settings)}
+        others = [key for key in list(self._steps) if key not in needed]
+        for key in others[:-KEPT_UPDATES]:
+            del self._steps[key]
 
     def _with(self, before: Published, settings: Settings) -> Published:
         old = before.settings.numbers
@@ -269,7 +280,8 @@ class Store:
         """The compiled update, the numbers that it takes, and whether it takes a scale."""
         key, scale = self._key(settings), settings.staleness.scale
         live = self.optimizer.live_values(settings.numbers)
-        if key not in self._steps:
+        compiled = self._steps.get(key)  # once: another thread may forget it meanwhile
+        if compiled is None:
             start = self.current
             params = self._tree.restore(start.leaves)
             fixed = self.optimizer.compiled_in(settings.numbers)
@@ -277,8 +289,9 @@ class Store:
             loss = np.zeros((), np.float32)
             extras = _extras(live, 1.0 if scale else None)
             arguments = [params, start.optimizer_state, params, loss, *extras]
-            self._steps[key] = jax.jit(_checked(optimizer)).lower(*arguments).compile()
-        return self._steps[key], live, scale
+            compiled = jax.jit(_checked(optimizer)).lower(*arguments).compile()
+            self._steps[key] = compiled
+        return compiled, live, scale
 
     def _check(self, leaves: Leaves, loss: np.ndarray) -> None:
         if self._is_finite(tuple(leaves), loss):
@@ -298,6 +311,11 @@ class Store:
         }
         name, (count, size) = next((name, found) for name, found in counts.items() if found[0])
         return f"{count} of the {size} numbers in {name}"
+
+
+def _stages(settings: Settings) -> list[Settings]:
+    """These, and what they become by what is planned."""
+    return [settings, *(settings.at(plan.after_version) for plan in settings.planned)]
 
 
 def _extras(live: dict[str, float], scale: float | None) -> list[Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +97,7 @@ def test_another_number_is_compiled_once_before_it_holds(start: Callable[..., Li
         assert run.push() == 1.0
         assert run.push() == 1.0
     assert len(compiled) == 1
+    assert run.client.settings()["momentum"]["compiles"], "as any other value would be"
 
 
 def test_a_number_set_at_a_version_is_the_first_of_the_update_after_it(
@@ -135,8 +134,14 @@ def test_a_closed_transformation_can_be_scaled_and_what_it_injected_be_set(
         run.client.set({"learning_rate": 0.5})
         assert run.push() == 0.5
     assert compiled == []
+    assert run.client.settings()["update_scale"]["compiles"]
     run.client.set({"update_scale": 0.5})
     assert run.push() == 0.25
+    assert not run.client.settings()["update_scale"]["compiles"]
+    with compilations() as compiled:
+        run.client.set({"update_scale": 0.25})
+        assert run.push() == 0.125
+    assert compiled == []
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from headwater.server.optimizer import AbstractOptimizer, OptaxOptimizer
+from headwater.server.optimizer import AbstractOptimizer, OptaxOptimizer, resolve
 from headwater.server.ranges import Ranges
-from headwater.server.store import NotFinite, Published, Store, initial
+from headwater.server.settings import Planned, Settings
+from headwater.server.store import KEPT_UPDATES, NotFinite, Published, Store, initial
 from headwater.worker.tree import ParameterTree
 
 
@@ -415,6 +416,27 @@ def test_nothing_is_compiled_after_the_store_is_made(caplog: pytest.LogCaptureFi
 
 def test_the_test_before_would_see_a_compilation(caplog: pytest.LogCaptureFixture) -> None:
     assert compilations(caplog, lambda: store_of(matrices(), optax.sgd(0.1)))
+
+
+def test_of_the_updates_that_were_compiled_the_newest_and_those_in_use_are_kept() -> None:
+    tree = ParameterTree({"w": jnp.zeros(4)})
+    optimizer = resolve("sgd(1.0, momentum=0.5)", 10)
+    store = Store(tree, optimizer, initial(tree, {"w": jnp.zeros(4)}, optimizer))
+
+    def compiles(momentum: float, *planned: Planned) -> bool:
+        settings = Settings(numbers={"momentum": momentum}, planned=planned)
+        compiled = store.prepare(settings)
+        store.set(settings)
+        return compiled
+
+    plan = Planned(9, "momentum", 0.99)
+    many = [n / 100 for n in range(KEPT_UPDATES + 2)]
+    assert compiles(many[0], plan)
+    assert all(compiles(momentum, plan) for momentum in many[1:])
+
+    assert not compiles(many[-1], plan), "in use, and planned"
+    assert not any(compiles(momentum) for momentum in many[1:])
+    assert compiles(many[0]), "forgotten"
 
 
 def test_weights_keep_their_dtype_where_the_optimizer_computes_in_a_wider_one() -> None:
