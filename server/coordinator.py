@@ -78,7 +78,10 @@ class Coordinator:
         if run.log_broken:
             raise Refused(Reason.SERVER_ENDED, "the server's disk failed")
         warnings = run.identity.check(hello, run.current.incarnation)
-        self.steering.check_compute(hello)
+        # All that may refuse comes before the first change, which would have to be undone.
+        run.roster.check(hello)
+        if not run.is_done:
+            self.steering.check_compute(hello)
         member, old = run.roster.join(hello, run.clock())
         if old is not None:
             self._forget(old)

@@ -131,8 +131,8 @@ class Roster:
         self._attempts: dict[int, int] = {}
         self._joined = 0
 
-    def join(self, hello: pb.Hello, now: float) -> tuple[Member, Member | None]:
-        """Take a worker in; also returns the older stream's member that it fences, if any.
+    def check(self, hello: pb.Hello) -> None:
+        """Whether `join` would take the worker in.
 
         Raises:
           Refused: EVICTED, or FENCED when a newer attempt was here already.
@@ -145,6 +145,14 @@ class Roster:
             raise Refused(
                 Reason.FENCED, f"attempt {hello.attempt} of this worker is not its newest"
             )
+
+    def join(self, hello: pb.Hello, now: float) -> tuple[Member, Member | None]:
+        """Take a worker in; also returns the older stream's member that it fences, if any.
+
+        Raises:
+          Refused: As `check`.
+        """
+        self.check(hello)
         self._attempts[hello.instance] = hello.attempt
         old = next((m for m in self.members.values() if m.hello.instance == hello.instance), None)
         if old:

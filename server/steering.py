@@ -240,7 +240,7 @@ class Steering:
         return dict(members[0].hello.compute) if members else {}
 
     def check_compute(self, hello: pb.Hello) -> None:
-        """In sync mode all compute alike: as the first worker does.
+        """In sync mode all compute alike: as the first worker does, which this settles.
 
         Raises:
           Refused: COMPUTE_MISMATCH.

@@ -231,6 +231,46 @@ def test_to_sync_only_if_all_workers_compute_alike(start: Callable[..., LineRun]
         worker.close()
 
 
+def test_a_worker_that_computes_otherwise_gets_its_bye_after_the_end(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line(batches=1), tmp_path / "run", consistency="sync:1")
+        worker = run.worker(compute={"threads": "1"})
+        worker.push(worker.ticket(), ONES.tobytes())
+        assert worker.bye().reason == pb.BYE_FINISHED
+        late = stack.enter_context(BareWorker(run.server.address, run.hello))
+        late.open(compute={"threads": "2"})
+        assert late.bye().reason == pb.BYE_FINISHED
+
+
+def test_a_worker_that_is_refused_does_not_settle_what_computes_the_run(
+    start: Callable[..., LineRun],
+) -> None:
+    run = start()
+    bad = run.worker(compute={"threads": "2"})
+    run.client.evict("worker-1")
+    assert bad.bye().reason == pb.BYE_EVICTED
+    wait_for(lambda: not run.client.status()["workers"], "it is gone")
+    run.client.set({"consistency": "sync:1"})
+    bad.open(compute={"threads": "2"})
+    assert bad.end().reason == "EVICTED"
+    run.worker(compute={"threads": "1"})
+
+
+def test_a_worker_that_comes_back_computing_otherwise_is_refused_and_its_stream_goes_on(
+    start: Callable[..., LineRun],
+) -> None:
+    run = start(consistency="sync:1")
+    worker = run.worker(compute={"threads": "1"})
+    ticket = worker.ticket()
+    instance = worker.hello.instance
+    with BareWorker(run.server.address, worker.hello, instance=instance) as again:
+        again.open(compute={"threads": "2"})
+        assert again.end().reason == "COMPUTE_MISMATCH"
+    assert len(run.client.status()["workers"]) == 1
+    worker.push(ticket, ONES.tobytes())
+    assert worker.outcome().code == pb.OUTCOME_HELD
+
+
 def test_a_gradient_that_waits_for_its_group_is_applied_alone_when_the_dial_turns(
     start: Callable[..., LineRun],
 ) -> None:
