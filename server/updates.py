@@ -70,6 +70,7 @@ class Updates:
         self._scheduled = 0  # those that are about to be done here
         self._loop = asyncio.get_running_loop()
         self._applies_held = True
+        self._has_failed = False
         self.idle = asyncio.Event()
         """Nothing is being applied, checked or changed."""
         self.idle.set()
@@ -259,10 +260,19 @@ class Updates:
         """A job failed for good, unless the server is being stopped with a full disk."""
         if isinstance(error, LogBroken):
             self._log_failed(str(error))
-        elif not isinstance(error, NoRoom) and not self._run.is_done:
-            if not isinstance(error, Diverged):
-                log.error("%s", what, exc_info=error)
-            self._run.finish(f"{what}: {error}")
+        elif not isinstance(error, NoRoom) and not self._has_failed:
+            # Those that were queued behind the first one fail with it.
+            self._has_failed = True
+            self._failed_first(error, f"{what}: {error}")
+
+    def _failed_first(self, error: Exception, text: str) -> None:
+        if not isinstance(error, Diverged):
+            log.error("%s", text, exc_info=error)
+        if not self._run.is_done:
+            self._run.finish(text)
+            return
+        self._run.problems["stop"] = text
+        log.warning("while the server stops: %s", text)
 
     def _keep_bases(self) -> None:
         """Keep the weights that gradients under way were computed at, where they are needed."""

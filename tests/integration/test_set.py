@@ -17,6 +17,7 @@ import optax
 import pytest
 
 from headwater import Client, Server
+from headwater.client.status import Status
 from headwater.protos import files, snapshot_file
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
@@ -508,6 +509,33 @@ def test_an_update_that_would_not_be_finite_ends_the_run_at_the_version_before(
         run.client.set({"learning_rate": 1.0})
         assert run.push() == 1.0
         assert float(run.client.pull()["w"][0]) == -2.0
+
+
+def test_an_update_that_would_not_be_finite_while_the_server_stops_is_told_of(
+    start: Callable[..., LineRun], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start("sgd(1.0)")
+    workers = [run.worker() for _ in range(2)]
+    tickets = [worker.ticket() for worker in workers]
+    run.client.set({"learning_rate": 3e38})
+    run.client.pause()
+    for worker, ticket in zip(workers, tickets, strict=True):
+        worker.push(ticket, (ONES * 1e5).tobytes())
+
+    def status() -> Status:
+        return run.client.status(watches=True)  # a server that ends waits for who asks so
+
+    wait_for(lambda: status()["batches_admitted"] == 2, "both are held")
+
+    run.client.stop()
+
+    problems = wait_for(lambda: status()["problems"], "the problem")
+    assert len(problems) == 1
+    assert "version 1 failed: 4 of the 4 numbers in w would not be finite any more" in problems[0]
+    assert workers[0].bye().reason == pb.BYE_STOPPED
+    ended = run.server.wait(30)
+    assert (ended.version, ended.message) == (0, "")
+    assert caplog.messages.count(f"while the server stops: {problems[0]}") == 1
 
 
 def test_what_is_queued_behind_an_update_that_diverged_is_not_applied(tmp_path: Path) -> None:
