@@ -281,9 +281,9 @@ class OptaxOptimizer(AbstractOptimizer):
     def _check_held(self, name: str, value: float, dtype: Any = float) -> None:
         """By default, of a number in the update itself: of the precision that JAX has."""
         kept = jax.dtypes.canonicalize_dtype(dtype)
-        limits = jnp.finfo(kept) if jnp.issubdtype(kept, jnp.inexact) else jnp.iinfo(kept)
+        info: Any = jnp.finfo if jnp.issubdtype(kept, jnp.inexact) else jnp.iinfo
         # Python's own, which compare as they are: a number of 8 bits would round the value.
-        lowest, highest = (limit.item() for limit in map(np.asarray, (limits.min, limits.max)))
+        lowest, highest = (np.asarray(x).item() for x in (info(kept).min, info(kept).max))
         if not lowest <= value <= highest:
             what = f"{kept} holds numbers from {lowest} to {highest}"
             raise self._cannot_have({name: value}, what)

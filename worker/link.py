@@ -171,12 +171,18 @@ class Link:
     def _silence(self) -> str:
         return f"nothing was heard from the server for {self.silence_s:.0f} s"
 
+    def end(self) -> None:
+        """Have `receive` return, in whatever thread it waits; `close` is still to come."""
+        self._call.cancel()
+        if self._line is not None:
+            self._line.end()
+
     def close(self) -> None:
         """End the stream; the server takes back whatever was out."""
         self._closed.set()
+        self.end()
         if self._line is not None:
-            self._line.end()
-        self._call.cancel()
+            self._line.close()
         self._channel.close()
         # Lets gRPC's sending thread end where it waits for the next message.
         try:

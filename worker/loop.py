@@ -249,7 +249,7 @@ class Worker:
 
     def _say_leave(self, link: Link) -> None:
         link.send(pb.WorkerMessage(leave=pb.Leave()))
-        timer = threading.Timer(LEAVE_TIMEOUT_S, link.close)
+        timer = threading.Timer(LEAVE_TIMEOUT_S, link.end)
         timer.daemon = True
         timer.start()
 

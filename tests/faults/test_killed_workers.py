@@ -47,7 +47,7 @@ class Crew(contextlib.ExitStack):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("options", "bytes_per_s", "transport"),
     [

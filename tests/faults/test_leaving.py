@@ -135,7 +135,7 @@ def test_workers_outlast_a_server_that_was_killed(slow, tmp_path):
         service.kill()
         before = network.stats.refused
         # With pauses of 0.1, 0.2, 0.4, … s between: --connect-timeout is over by then.
-        wait_for(lambda: network.stats.refused >= before + 5, "five more attempts", 60)
+        wait_for(lambda: network.stats.refused >= before + 4, "four more attempts", 60)
         assert ann.process.poll() is None, ann.errors
 
         ann.send(signal.SIGTERM)

@@ -64,13 +64,14 @@ def test_a_run_outlasts_a_server_killed_at_random_moments(kills, level, tmp_path
 def test_a_run_outlasts_a_crash_at_every_place(level, tmp_path):
     """One run, killed at each failpoint in turn; those of the end come at its end."""
     places = [p for p in failpoints.NAMES if level == "log" or p not in LOG_ONLY]
-    with Lives(tmp_path, counting.options(**TASK), options(level)) as lives:
+    task = TASK | {"epochs": 2}
+    with Lives(tmp_path, counting.options(**task), options(level)) as lives:
         lives.start()
         with (
             Witness(
-                lives.address, TASK["batch_size"], acknowledged_is_durable=level == "log"
+                lives.address, task["batch_size"], acknowledged_is_durable=level == "log"
             ) as witness,
-            steady_workers(lives.address, witness, 2, **TASK) as workers,
+            steady_workers(lives.address, witness, 2, **task) as workers,
         ):
             lives.kill()
             for place in places:

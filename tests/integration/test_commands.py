@@ -16,7 +16,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from headwater import __version__
+from headwater.client.main import PROCESSES
 from headwater.client.processes import free_address
 from kit import processes
 from kit.processes import Command, Finished, run, status_of
@@ -887,6 +888,12 @@ def test_a_server_far_away_is_reached(training: Training) -> None:
 # ----------------------------------------------------------------- wrong usage
 
 
+def quick(cases: Iterable[str], *chosen: str) -> list[Any]:
+    """The cases; those that are not chosen, of which unit tests see the texts, are slow ones."""
+    slow = pytest.mark.slow
+    return [case if case in chosen else pytest.param(case, marks=slow) for case in cases]
+
+
 WRONG_FLAGS = {
     "--listen 0.0.0.0:0": (
         "--listen 0.0.0.0:0 lets other machines in, without encryption or passwords; add "
@@ -904,7 +911,10 @@ WRONG_FLAGS = {
 }
 
 
-@pytest.mark.parametrize("options", WRONG_FLAGS)
+@pytest.mark.parametrize(
+    "options",
+    quick(WRONG_FLAGS, "--listen 0.0.0.0:0", "--consistency bounded", "--platform abacus"),
+)
 def test_a_wrong_flag_of_the_server_is_one_line(options: str, folder: Path) -> None:
     finished = run("server", "--task", "paced.py", *options.split(), cwd=folder)
     assert_fails(finished, 2, f"headwater server: error: {WRONG_FLAGS[options]}")
@@ -990,7 +1000,7 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
     assert set(re.findall(r"^  ([a-z][a-z-]*)  ", helped.output, re.MULTILINE)) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", quick(COMMANDS, *PROCESSES, "status"))
 def test_every_command_helps(command: str, tmp_path: Path) -> None:
     helped = run(command, "--help", cwd=tmp_path)
     assert (helped.status, helped.errors) == (0, "")
@@ -1092,7 +1102,7 @@ WRONG_TASKS = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG_TASKS)
+@pytest.mark.parametrize("wrong", quick(WRONG_TASKS, "nan weights", "optimizer", "nan gradient"))
 def test_check_says_what_is_wrong_with_a_task(wrong: str, tmp_path: Path) -> None:
     ending, error, status = WRONG_TASKS[wrong]
     checked = check(tmp_path, ending)
@@ -1143,7 +1153,7 @@ RAISING = {
 }
 
 
-@pytest.mark.parametrize("raising", RAISING)
+@pytest.mark.parametrize("raising", quick(RAISING, "loading", "loss"))
 def test_a_task_that_raises_is_shown_with_the_users_own_traceback(
     raising: str, tmp_path: Path
 ) -> None:

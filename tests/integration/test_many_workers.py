@@ -21,7 +21,7 @@ from kit.waiting import wait_for
 
 PROCESSES, THREADS = 4, 16
 WORKERS = PROCESSES * THREADS
-BATCHES = WORKERS * 40
+BATCHES = WORKERS * 20
 BATCH = 2
 
 TESTS = Path(__file__).parents[1]
@@ -101,8 +101,8 @@ def test_64_workers_are_served_alike_and_every_batch_counts_once(tmp_path: Path)
     counts = [count for output, _ in ended for count in json.loads(output)]
     assert len(counts) == WORKERS
     assert sum(counts) == BATCHES == status["version"]
-    assert min(counts) >= 20, counts  # half of each one's share of 40
-    assert max(counts) <= 80, counts
+    assert min(counts) >= 10, counts  # half of each one's share of 20
+    assert max(counts) <= 40, counts
     assert status["state"] == "finished"
     assert set(weights["count"].tolist()) == {1.0}
     assert not any(status["rejected"].values())

@@ -259,6 +259,7 @@ def test_standard_streams_may_be_closed(closed: str, folder: Path) -> None:
     assert records(folder)[-1]["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_two_runs(folder: Path) -> None:
     """Each finds a port, and each has its own workers."""
     with (
@@ -296,6 +297,7 @@ def test_a_run_whose_server_was_killed_is_continued_by_the_same_command(folder: 
         assert it.command.wait(10) == 130
 
 
+@pytest.mark.slow  # the server alone: tests/faults/test_ending.py
 def test_a_finished_run_is_extended_by_more_epochs(folder: Path) -> None:
     for epochs, version in (("2", 16), ("3", 24)):
         done = run(*SHORT, *FREE, "--run-dir", "mine", "--epochs", epochs, cwd=folder)
@@ -469,7 +471,9 @@ def test_ctrl_c_before_the_first_update_ends_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    ("number", "status"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    ids=["SIGINT", "SIGTERM"],
 )
 def test_a_signal_in_the_middle_of_training_ends_it_and_keeps_the_weights(
     number: int, status: int, folder: Path
@@ -514,7 +518,7 @@ def test_a_worker_that_is_killed_is_missed_and_the_run_finishes(folder: Path) ->
     assert records(folder)[-1]["version"] == 80
 
 
-def test_when_all_workers_are_killed_the_run_fails(folder: Path) -> None:
+def test_when_all_workers_are_killed_the_run_fails_and_the_weights_are_kept(folder: Path) -> None:
     with started(folder) as it:
         it.wait_until_training()
         processes = it.descendants()
@@ -522,13 +526,6 @@ def test_when_all_workers_are_killed_the_run_fails(folder: Path) -> None:
         assert it.command.wait(10) == 1
         assert it.command.errors == "headwater: error: worker-2 was ended by SIGKILL\n"
         assert not alive(processes)
-
-
-def test_when_all_workers_are_killed_the_weights_are_kept(folder: Path) -> None:
-    with started(folder) as it:
-        it.wait_until_training()
-        kill_workers(it)
-        assert it.command.wait(10) == 1
     assert_kept(folder)
 
 

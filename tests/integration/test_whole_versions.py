@@ -33,7 +33,7 @@ from kit.waiting import wait_for
 SHAPES = {"embed": (300, 500), "bias": (7,), "dense": (1000, 601), "scale": ()}
 """3.0 MB in float32: three parts, whose edges lie within tensors, and gaps between tensors."""
 
-PULLS = 60
+PULLS = 30
 """For each of the four readers."""
 
 
@@ -154,18 +154,18 @@ def test_every_pull_in_a_storm_of_updates_is_one_whole_version(start) -> None:
         applied = sum(pusher.result(60) for pusher in pushing)
 
     pulls = [pulled for history in histories for pulled in history]
-    assert len(pulls) >= 200
+    assert len(pulls) == 4 * PULLS
     assert [p for p in pulls if p.sha256 != hash_of(p.version)] == []
     for history in histories:
         versions = [pulled.version for pulled in history]
         assert versions == sorted(versions)  # never back
     # It was a storm: the weights moved all the while, under most of the pulls.
     assert applied >= max(p.version for p in pulls)
-    assert len({p.version for p in pulls}) > 20
+    assert len({p.version for p in pulls}) > 10
 
 
 def test_a_subscription_gives_rising_whole_versions_to_the_last(start) -> None:
-    server, hello = start(150)
+    server, hello = start(80)
     seen: list[int] = []
 
     def train() -> None:
@@ -184,7 +184,7 @@ def test_a_subscription_gives_rising_whole_versions_to_the_last(start) -> None:
         training.result(30)
 
     assert all(a < b for a, b in itertools.pairwise(seen))
-    assert seen[-1] == 150
+    assert seen[-1] == 80
     assert len(seen) > 2
 
 

@@ -699,7 +699,7 @@ class Runs(RuleBasedStateMachine):
 
 
 RUNS = settings(
-    max_examples=120,
+    max_examples=60,
     stateful_step_count=80,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no bug

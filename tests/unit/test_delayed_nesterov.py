@@ -50,7 +50,12 @@ def descend(optimizer: optax.GradientTransformation, theta: Any, gradients: Any)
 
 @pytest.mark.parametrize("rate", [0.3, lambda t: 0.3 / (t + 1)], ids=["number", "schedule"])
 @pytest.mark.parametrize(
-    ("delay", "activation"), [(1, 0.0), (1, 1.0), (4, 0.0), (4, 0.1), (4, 0.25)]
+    ("delay", "activation"),
+    [
+        (1, 0.0),
+        (4, 0.1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1.0), (4, 0.0), (4, 0.25))),
+    ],
 )
 def test_the_update_is_the_published_one(rate: Any, delay: int, activation: float) -> None:
     got, _ = descend(delayed_nesterov(rate, 0.8, delay, activation), THETA, GRADIENTS)

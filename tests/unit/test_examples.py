@@ -337,11 +337,11 @@ def small(book: str) -> Small:
     return task, initial(task)
 
 
-def test_an_untrained_model_is_about_as_good_as_guessing_among_97() -> None:
-    task = character_lm.task(layers=1)
-    windows = np.random.default_rng(0).integers(0, 97, (8, 65), np.uint8)
+def test_an_untrained_model_is_about_as_good_as_guessing_among_97(small: Small) -> None:
+    task, params = small
+    windows = np.random.default_rng(0).integers(0, 97, (32, 17), np.uint8)
 
-    loss, metrics = jax.jit(task.loss)(initial(task), windows, None)
+    loss, metrics = jax.jit(task.loss)(params, windows, None)
 
     assert float(loss) == pytest.approx(math.log(97), abs=0.4)
     assert float(metrics["accuracy"]) < 0.1

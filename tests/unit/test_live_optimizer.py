@@ -100,6 +100,14 @@ WRITTEN: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
+LIKE_OTHERS = (
+    "adamw(3e-4, weight_decay=0.1)",
+    "rmsprop(1e-3, centered=True, momentum=0.9)",
+    "lion(1e-4)",
+    "adamw(warmup_cosine_decay_schedule(0.0, 0.1, 2, 10))",
+)
+
+
 DTYPES = [
     pytest.param(jnp.float32, id="float32"),
     pytest.param(jnp.bfloat16, id="bfloat16", marks=pytest.mark.slow),
@@ -107,7 +115,13 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", WRITTEN)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, marks=[pytest.mark.slow] if spec in LIKE_OTHERS else [])
+        for spec in WRITTEN
+    ],
+)
 def test_with_its_own_numbers_an_update_is_plain_optax_bit_for_bit(spec: str, dtype: Any) -> None:
     params, optimizer = params_of(dtype), resolve(spec, 10)
     want = plain(WRITTEN[spec](), params)

@@ -155,9 +155,16 @@ SCHEDULED = {
     )(DECAY),
     "masked": optax.masked(optax.sgd(DECAY), {"w": True, "hidden": (False, None)}),
 }
+QUICK = ("adam", "inside injected", "masked")
 
 
-@pytest.mark.parametrize("optimizer", SCHEDULED.values(), ids=SCHEDULED)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(optimizer, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name, optimizer in SCHEDULED.items()
+    ],
+)
 def test_schedules_stand_where_the_first_batch_stands_in_the_run(optimizer: Any) -> None:
     mine, of = task(), steps(1, 2, 3, epoch=2)
     params = mine.tree.restore(weights(mine))
