@@ -348,7 +348,10 @@ def _is_finite(leaves: tuple[jax.Array, ...], loss: jax.Array) -> jax.Array:
 
 
 def _all_finite(arrays: Sequence[Any]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(_wide(jnp.asarray(x))).all() for x in arrays]).all()
+    # Infinity and NaN times 0 are NaN, and a sum has it to the end. XLA does not fold this,
+    # and adds many numbers at once, which it does not with the truth values of isfinite.
+    sums = [jnp.sum(_wide(jnp.asarray(x)) * 0) for x in arrays]
+    return jnp.stack([jnp.isfinite(total) for total in sums]).all()
 
 
 def _wide(x: jax.Array) -> jax.Array:

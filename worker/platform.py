@@ -20,8 +20,6 @@ def use_platform(platform: str | None) -> None:
         if platform not in _BACKENDS:
             raise UsageError(f"--platform {platform}: it is one of {', '.join(_BACKENDS)}")
         os.environ["JAX_PLATFORMS"] = _BACKENDS[platform]
-    # Whatever is computed here is waited for: another thread would only cost its wake-up.
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
     import jax
 
     try:
