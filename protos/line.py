@@ -158,6 +158,10 @@ class Line:
             self._ready = list(found)
         return self._ready.pop(0)
 
+    def put_back(self, received: Received) -> None:
+        """Have the next `receive` return it."""
+        self._ready.insert(0, received)
+
     def end(self) -> None:
         """Have `receive` return in whatever thread it waits."""
         with contextlib.suppress(OSError):  # it has ended already

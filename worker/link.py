@@ -113,8 +113,10 @@ class Link:
         if self._line is not None:
             try:
                 return self._line.send(data)
-            except OSError as error:
-                raise Disconnected(f"while sending: {error}") from None
+            except TimeoutError:
+                raise Disconnected(f"nothing could be sent for {self.silence_s:.0f} s") from None
+            except OSError:
+                return None  # it has ended; what the server said before that is still to be read
         began = time.monotonic()
         while True:
             try:
@@ -220,8 +222,10 @@ def _opened(offer: pb.SameHost, timeout_s: float) -> Line:
     line = Line(offer.socket, ATTACH_TIMEOUT_S)
     try:
         line.send(offer.key)
-        if line.receive() is None:
+        answer = line.receive()
+        if answer is None:
             raise ConnectionError("the server does not know this worker's key")
+        line.put_back(answer)  # it may be more than an answer: a bye, say
     except BaseException:
         line.close()
         raise

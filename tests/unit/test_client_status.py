@@ -63,7 +63,7 @@ def test_each_worker_is_a_dict_in_the_order_they_came() -> None:
     assert workers[1] == {
         "id": 2, "name": "b", "host": "", "platform": "gpu", "devices": 8, "state": "waiting",
         "gradients": 0, "examples_per_second": 0.0, "staleness_mean": 0.0, "pid": 0,
-        "compute_s": 0.0, "connected_s": 0.0, "leased": 0,
+        "compute_s": 0.0, "connected_s": 0.0, "leased": 0, "transport": "",
         "staleness": {"mean": 0.0, "p50": 0, "p99": 0, "max": 0, "histogram": {}},
         "times": {"wait_s": 0.0, "load_s": 0.0, "compute_s": 0.0, "wire_s": 0.0},
     }  # fmt: skip

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.layout import Layout
 from headwater.protos.line import MAX_MESSAGE_BYTES, Splitter, packed, send_some
 from headwater.protos.wire import MalformedMessage
+from headwater.worker.link import Link
+
+LAYOUT = Layout.of([("a", np.dtype("float32"), (3,))])
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "SCM_RIGHTS"), reason="no descriptors here")
 
@@ -50,6 +57,32 @@ def test_messages_come_out_as_they_went_in_however_they_are_cut(messages, cuts) 
         for pipe in pipes:
             for descriptor in pipe:
                 os.close(descriptor)
+
+
+def test_what_comes_first_on_a_workers_line_is_not_lost() -> None:
+    """It may be a bye, of a server that took the worker out while it came in."""
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(b"\0headwater-test-%d" % os.getpid())
+        door.listen()
+        bye = pb.ServerMessage(bye=pb.Bye(reason=pb.BYE_EVICTED))
+
+        def let_in() -> None:
+            with door.accept()[0] as line:
+                line.recv(100)
+                line.sendall(packed(bye.SerializeToString(), ()))
+
+        server = threading.Thread(target=let_in)
+        server.start()
+        link = Link("127.0.0.1:1", pb.Progress)
+        try:
+            offer = pb.SameHost(socket=f"headwater-test-{os.getpid()}", key=bytes(16))
+            assert link.attach(offer, LAYOUT, "auto")
+            assert link._line is not None
+            heard = [message for message, _ in link._receive_on(link._line)]
+            assert heard == [bye]
+        finally:
+            link.close()
+            server.join()
 
 
 def test_the_end_of_the_socket_is_the_end() -> None:

@@ -357,6 +357,10 @@ class Sent:
     def __init__(self) -> None:
         self.messages: list[pb.WorkerMessage] = []
         self.body = b""
+        self.slots = None
+
+    def attach(self, *_: object) -> bool:
+        return False
 
     def send(self, message: pb.WorkerMessage, *body: memoryview) -> None:
         self.messages.append(message)
