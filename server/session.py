@@ -13,11 +13,9 @@ stream stays what it was: the worker's membership.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -30,17 +28,13 @@ from headwater.server.admission import Ticket
 from headwater.server.door import Door, ServerLine
 from headwater.server.encoder import Encoder
 from headwater.server.roster import Member
-from headwater.server.slots import GradientSlots, Slot, VersionSlots
+from headwater.server.shared_line import SharedLine, not_slower
+from headwater.server.slots import VersionSlots
 from headwater.server.staging import Staged
 from headwater.server.store import Published
 
 if TYPE_CHECKING:
     from headwater.server.coordinator import Coordinator
-
-log = logging.getLogger("headwater.server")
-
-WRITE_TIMEOUT_S = 30.0
-"""Seconds that a message of about 1 MiB may take to leave: a slower reader is cut."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -77,7 +71,7 @@ class Session:
         self._coordinator = coordinator
         self._ways = ways
         self._context = context
-        self._line: _SharedLine | None = None
+        self._line: SharedLine | None = None
         self._offer: pb.SameHost | None = None
         # Its first is being sent; taken out when it has left.
         self._outbox: deque[tuple[pb.ServerMessage, Published | None]] = deque()
@@ -150,7 +144,7 @@ class Session:
         """The worker has come in through the door: go on over its line."""
         assert self._member is not None
         self._offer = None
-        self._line = _SharedLine(connection, self._ways.versions, self._coordinator)
+        self._line = SharedLine(connection, self._ways.versions, self._coordinator)
         self._member.transport = "shm"
         connection.on_message = self._line_read
         connection.on_end = self._line_ended
@@ -194,7 +188,7 @@ class Session:
             self._outbox_filled.clear()
 
     async def _write_on_line(
-        self, line: _SharedLine, message: pb.ServerMessage, weights: Published | None
+        self, line: SharedLine, message: pb.ServerMessage, weights: Published | None
     ) -> None:
         slot = await line.share(weights) if weights is not None else None
         if weights is not None and slot is None:
@@ -221,7 +215,7 @@ class Session:
         await write(last)
 
     async def _write_one(self, data: bytes) -> None:
-        async with _slow_reader(len(data)):
+        async with not_slower(len(data)):
             await self._context.write(data)
         self._coordinator.run.figures.bytes_out += len(data)
         self._sent_time = self._coordinator.run.clock()
@@ -342,118 +336,6 @@ class Session:
         if self._incoming is not None:
             self._incoming.staged.give_back()
             self._incoming = None
-
-
-class _SharedLine:
-    """A worker's line, and the memory that it shares with the server."""
-
-    def __init__(
-        self, connection: ServerLine, versions: VersionSlots, coordinator: Coordinator
-    ) -> None:
-        self._connection = connection
-        self._versions = versions
-        self._coordinator = coordinator
-        self._gradients = GradientSlots(coordinator.run.layout)
-        self._reads: dict[int, Slot] = {}  # by version; until the push that is based on it
-        self._known: set[int] = set()  # slots that the worker was given
-        self._dropped = 0  # slots that were gone when it was last told of such
-
-    def send_at_once(self, message: pb.ServerMessage, weights: Published | None) -> bool:
-        """Send a message if it takes no waiting; else nothing was sent."""
-        if not self._connection.is_drained or message.HasField("bye"):
-            return False
-        slot = None
-        if weights is not None:
-            with contextlib.suppress(OSError):  # no memory: they go in parts
-                slot = self._versions.ready(weights)
-            if slot is None:
-                return False
-        self.send(message, weights, slot)
-        return True
-
-    async def share(self, weights: Published) -> Slot | None:
-        """The slot for weights to be sent; None if there is no memory for them."""
-        try:
-            return await self._versions.share(weights)
-        except OSError as error:
-            log.warning("no memory to share with workers on this machine: %s", error)
-            return None
-
-    def send(self, message: pb.ServerMessage, weights: Published | None, slot: Slot | None) -> None:
-        """Send a message, with the weights in `slot`."""
-        used = []
-        if weights is not None and slot is not None:
-            slot.readers += 1
-            self._reads[weights.version] = slot
-            used.append(slot)
-            size = self._coordinator.run.layout.total_bytes
-            message.weights.version, message.weights.slot = weights.version, slot.number
-            message.weights.total_bytes = size
-            self._coordinator.run.figures.bytes_out += size
-        if message.HasField("ticket"):
-            with contextlib.suppress(OSError):  # no memory: then the gradient comes in parts
-                slot = self._gradients.assign(message.ticket.token.number)
-                message.ticket.gradient_slot = slot.number
-                used.append(slot)
-        new = [slot for slot in used if slot.number not in self._known]
-        message.new_slots.extend(slot.number for slot in new)
-        self._known.update(message.new_slots)
-        self._tell_what_is_gone(message)
-        self._send(message.SerializeToString(), [slot.memory.descriptor for slot in new])
-
-    async def write_part(self, data: bytes) -> None:
-        """Send bytes that carry tensors themselves."""
-        self._send(data)
-        await self.drain()
-
-    async def drain(self) -> None:
-        """Returns when all that was sent has left."""
-        async with _slow_reader(PART_BYTES):
-            await self._connection.drain()
-
-    def pushed(self, push: pb.Push) -> Staged | None:
-        """The worker has let go of the push's weights; where its gradient is."""
-        slot = self._reads.pop(push.base, None)
-        if slot is not None:
-            self._versions.release(slot)
-        written = self._gradients.written(push.token.number)
-        if written is None:
-            return None
-        give_back = self._gradients.give_back(written)
-        if written.number != push.slot:
-            give_back()
-            return None
-        return Staged(written.array, give_back, is_shared=True)
-
-    def close(self) -> None:
-        for slot in self._reads.values():
-            self._versions.drop(slot)
-        self._reads.clear()
-        self._connection.close()
-
-    def _tell_what_is_gone(self, message: pb.ServerMessage) -> None:
-        dropped = self._versions.dropped + self._gradients.dropped
-        if dropped != self._dropped:
-            self._dropped = dropped
-            gone = self._known - self._versions.alive - self._gradients.alive
-            message.gone_slots.extend(gone)
-            self._known -= gone
-
-    def _send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
-        self._coordinator.run.figures.bytes_out += len(data)
-        self._connection.send(data, descriptors)
-
-
-@contextlib.asynccontextmanager
-async def _slow_reader(size: int) -> AsyncIterator[None]:
-    try:
-        # Not wait_for: before Python 3.12 it may lose the cancellation of this task.
-        async with asyncio.timeout(WRITE_TIMEOUT_S):
-            yield
-    except TimeoutError:
-        raise Refused(
-            Reason.SLOW_READER, f"{size} bytes were not taken in {WRITE_TIMEOUT_S:.0f} s"
-        ) from None
 
 
 def _check_size(size: int) -> None:

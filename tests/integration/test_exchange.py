@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from headwater import Client, Server, Task
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.server import session
+from headwater.server import shared_line
 from headwater.server.order import BatchOrder
 from kit import counting, processes
 from kit.protocol import BareWorker, counting_gradient, hello_of, key, slices
@@ -397,7 +397,7 @@ def test_an_endless_compilation_is_ended(start) -> None:
 
 @pytest.mark.parametrize("start", ["grpc"], indirect=True)  # in slots they take nobody's time
 def test_a_reader_that_does_not_take_its_weights_is_cut(start, monkeypatch) -> None:
-    monkeypatch.setattr(session, "WRITE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(shared_line, "WRITE_TIMEOUT_S", 0.5)
     run = start(padding=4_000_000)  # far more than the connection holds by itself
     slow = run.worker()
     with slow.not_reading():
