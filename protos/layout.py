@@ -98,16 +98,23 @@ class Layout:
           LayoutError: A name is empty or used twice, a dtype cannot be served,
             or there is no tensor at all.
         """
+        known = []
+        for name, dtype, shape in tensors:
+            found = _dtype(name, np.dtype(dtype).name)
+            if found != np.dtype(dtype):
+                raise LayoutError(f"{name!r} is big-endian; parameters are little-endian")
+            known.append((name, found, tuple(shape)))
+        return cls(_checked(list(cls.unchecked(known).tensors)))
+
+    @classmethod
+    def unchecked(cls, arrays: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
+        """Lay out arrays that need not be parameters, such as those that stand for some."""
         specs: list[TensorSpec] = []
         end = 0
-        for name, dtype, shape in tensors:
-            offset = _aligned(end)
-            known = _dtype(name, np.dtype(dtype).name)
-            if known != np.dtype(dtype):
-                raise LayoutError(f"{name!r} is big-endian; parameters are little-endian")
-            specs.append(TensorSpec(name, PARAMETER, known, tuple(shape), offset))
+        for name, dtype, shape in arrays:
+            specs.append(TensorSpec(name, PARAMETER, dtype, shape, _aligned(end)))
             end = specs[-1].end
-        return cls(_checked(specs))
+        return cls(tuple(specs))
 
     @classmethod
     def from_proto(cls, message: pb.Layout) -> Layout:

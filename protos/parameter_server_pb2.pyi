@@ -225,7 +225,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ..., compute: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer", "same_host")
+    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer", "same_host", "compression", "pull_dtype")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +239,8 @@ class Welcome(_message.Message):
     LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     INNER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     SAME_HOST_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     worker_id: int
     name: str
@@ -252,7 +254,9 @@ class Welcome(_message.Message):
     local_steps: int
     inner_optimizer: str
     same_host: SameHost
-    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., same_host: _Optional[_Union[SameHost, _Mapping]] = ...) -> None: ...
+    compression: str
+    pull_dtype: str
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., same_host: _Optional[_Union[SameHost, _Mapping]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ...) -> None: ...
 
 class SameHost(_message.Message):
     __slots__ = ("socket", "key")
@@ -465,7 +469,7 @@ class StatusRequest(_message.Message):
     def __init__(self, watches: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers")
+    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers", "compression", "pull_dtype")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -525,6 +529,8 @@ class StatusReply(_message.Message):
     INNER_OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
+    PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     run_id: str
     task: str
@@ -563,7 +569,9 @@ class StatusReply(_message.Message):
     inner_optimizer: str
     times: Times
     optimizer_numbers: _containers.ScalarMap[str, float]
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    compression: str
+    pull_dtype: str
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ...) -> None: ...
 
 class Times(_message.Message):
     __slots__ = ("wait_s", "load_s", "compute_s", "wire_s")

@@ -138,7 +138,7 @@ class Applier:
     def _do(self, job: Job) -> Published | None:
         store, journal = self._store, self._journal
         if isinstance(job, Check):
-            store.check(list(store.layout.views(job.gradient).values()), job.loss)
+            store.check_pushed(job.gradient, job.loss)
             return None
         if self._diverged is not None:
             # What was queued behind it must not be logged after a version that never was.
@@ -189,7 +189,7 @@ class Applier:
 
     def _own(self, contribution: Contribution) -> Contribution:
         """With the gradient in memory of our own: what is logged must be what is applied."""
-        if not contribution.is_shared:
+        if not contribution.is_shared or not self._store.reads_in_place:
             return contribution
         gradient = self._store.layout.empty()
         gradient[:] = contribution.gradient

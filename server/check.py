@@ -107,7 +107,7 @@ def check_task(loaded: LoadedTask) -> Report:
     leaves = [np.asarray(leaf) for leaf in store.current.leaves]
     gradient, gradient_s = _median(lambda: function(leaves, [(batch, 0, 0)]))
     buffer = layout.empty()
-    layout.pack(gradient.leaves, buffer)
+    layout.pack(map(np.asarray, gradient.leaves), buffer)
     try:
         _, update_s = _timed(lambda: store.apply(buffer, gradient.loss, 0))
     except NotFinite as error:

@@ -9,10 +9,16 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from headwater.protos.compression import Compression, pulls
 from headwater.protos.errors import UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS, Transport, split_address
 from headwater.server.dial import Dial
 from headwater.server.staleness import StalenessPolicy
+
+NOT_IN_SYNC = (
+    "what it leaves out of a gradient stays with the worker, and sync mode promises that it does "
+    "not matter who computes what; use bfloat16 or int8, or another consistency"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,12 @@ class ServerConfig:
 
     inner_optimizer: str | None = None
     """With local steps, a SPEC for the workers' own steps; None means the task's optimizer."""
+
+    compress: str | None = None
+    """How gradients are sent: none, bfloat16, int8 or topk:RATIO; None as above, at first none."""
+
+    pull_dtype: str | None = None
+    """How weights are sent to workers: own or bfloat16; None as above, at first own."""
 
     epochs: int | None = None
     batch_size: int | None = None
@@ -111,6 +123,9 @@ class ServerConfig:
             Dial.parse(self.consistency)
         if self.staleness is not None:
             StalenessPolicy.parse(self.staleness)
+        if self.pushes.keeps_residual and Dial.parse(self.consistency or "async").group:
+            raise UsageError(f"--compress {self.pushes}: {NOT_IN_SYNC}")
+        self.pulls  # noqa: B018  (raises where it is none)
         for flag, value in (
             ("epochs", self.epochs),
             ("batch-size", self.batch_size),
@@ -135,6 +150,16 @@ class ServerConfig:
         ):
             if not seconds > 0:  # NaN is not
                 raise UsageError(f"--{flag} {seconds} must be more than 0 seconds")
+
+    @functools.cached_property
+    def pushes(self) -> Compression:
+        """`compress`, read."""
+        return Compression.parse(self.compress or "none")
+
+    @functools.cached_property
+    def pulls(self) -> Compression:
+        """`pull_dtype`, read."""
+        return pulls(self.pull_dtype)
 
     @functools.cached_property
     def snapshot_interval(self) -> Interval:

@@ -9,11 +9,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos.layout import Layout
 from headwater.protos.wire import PART_BYTES, frame
+from headwater.server.packed_versions import PackedVersions
 from headwater.server.store import Published
 
 KEPT = 3
@@ -61,8 +59,8 @@ class _Encoding:
 class Encoder:
     """Encodes each version at most once; large ones off the event loop."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, packed: PackedVersions) -> None:
+        self._packed = packed
         self._kept: dict[int, _Encoding] = {}
         self._thread = ThreadPoolExecutor(1, "headwater-encoder")
 
@@ -80,8 +78,8 @@ class Encoder:
 
     def _begin(self, published: Published) -> _Encoding:
         encoding = _Encoding()
-        made = encode(self._layout, published)
-        if self._layout.total_bytes <= PART_BYTES:
+        made = encode(self._packed, published)
+        if self._packed.layout.total_bytes <= PART_BYTES:
             for part in made:
                 encoding.add(part)
             encoding.finish()
@@ -101,11 +99,11 @@ def _hand_over(made: Iterator[bytes], to: _Encoding, on_loop: Callable[..., obje
     on_loop(to.finish)
 
 
-def encode(layout: Layout, published: Published) -> Iterator[bytes]:
+def encode(packed: PackedVersions, published: Published) -> Iterator[bytes]:
     """Cut a version into framed parts of about 1 MiB; one even where there are no bytes."""
     stamp = pb.Stamp(incarnation=published.incarnation, version=published.version)
-    leaves = (np.asarray(leaf) for leaf in published.leaves)
-    for offset, pieces in layout.cut(leaves, PART_BYTES):
+    layout = packed.layout
+    for offset, pieces in layout.cut(packed.arrays(published), PART_BYTES):
         part = pb.WeightsPart(
             version=published.version, offset=offset, total_bytes=layout.total_bytes
         )

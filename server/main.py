@@ -78,6 +78,20 @@ def server(
             metavar="SPEC", help="With local steps, the workers' own. Default: the task's."
         ),
     ] = None,
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|bfloat16|int8|topk:RATIO",
+            help="How gradients are sent. Default: none, or as before.",
+        ),
+    ] = None,
+    pull_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="own|bfloat16",
+            help="How weights are sent to workers. Default: own, or as before.",
+        ),
+    ] = None,
     lease_seconds: Annotated[
         float, typer.Option(metavar="SECONDS", help="Of work reserved for a worker ahead.")
     ] = ServerConfig.lease_s,
@@ -154,6 +168,8 @@ def server(
         staleness=staleness,
         local_steps=local_steps,
         inner_optimizer=inner_optimizer,
+        compress=compress,
+        pull_dtype=pull_dtype,
         lease_s=lease_seconds,
         epochs=epochs,
         batch_size=batch_size,

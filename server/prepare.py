@@ -159,6 +159,7 @@ def _prepare(
     if config.durability == "log":
         opened_log = _begin_log(run, run_dir, recovered)
         opened.callback(opened_log.abandon)
+    recovered.store.receive(config.pushes)
     current = recovered.store.current
     history = History(run_dir.path, current.version, current.applied, current.settings)
     opened.callback(history.close)
@@ -221,6 +222,8 @@ def _incarnation(
         "optimizer": record.optimizer,
         "optimizer_spec": config.optimizer,
         "inner_optimizer_spec": config.inner_optimizer,
+        "compression": str(config.pushes),
+        "pull_dtype": config.pull_dtype,
         "weights": weights_crc(current),
         "set": current.settings.to_json(),
         "software": dict(run.software),

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
+from headwater.protos.compression import Compression, pulls
 from headwater.protos.crc import crc32c
 from headwater.protos.errors import HeadwaterError
 from headwater.protos.layout import Bytes
@@ -30,6 +30,8 @@ from headwater.server.settings import Settings
 from headwater.server.snapshots import handed_over
 from headwater.server.store import Contribution, Diverged, NotFinite, Published, Store
 from headwater.server.survey import Survey
+from headwater.worker.compression import Pack
+from headwater.worker.forms import Forms
 from headwater.worker.gradient import AbstractGradientFunction
 from headwater.worker.load import LoadedTask
 from headwater.worker.loader import Key, Loader
@@ -75,6 +77,8 @@ class Recomputation:
         self._store: Store | None = None
         self._optimizer: AbstractOptimizer | None = None
         self._gradient: AbstractGradientFunction | None = None
+        self._forms: Forms | None = None
+        self._sent: Pack | None = None
         self._kept: dict[int, tuple[jax.Array, ...]] = {}
         self._buffers: list[Bytes] = []
         self.difference: Difference | None = None
@@ -173,6 +177,17 @@ class Recomputation:
             epochs=line["epochs"],
             batches_per_epoch=order.per_epoch,
         )
+        compression = Compression.parse(line["compression"])
+        if compression.keeps_residual:
+            raise HeadwaterError(
+                f"from version {line['v']} on gradients were sent with --compress {compression}, "
+                "which adds to each what its worker had left out before: that was not recorded, "
+                "and cannot be computed again"
+            )
+        layout = task.tree.layout
+        self._forms = Forms(layout, line["compression"], line["pull_dtype"] or "", order.seed)
+        self._sent = Pack(layout, pulls(line["pull_dtype"]))
+        self._buffers = []
         self._servers_platform = line["compute"].get("platform")
         with _on(self._servers_platform):
             if self._store is None or self._optimizer is None:
@@ -185,6 +200,7 @@ class Recomputation:
                 )
                 self._store = Store(task.tree, optimizer, start)
                 which = f"incarnation {line['incarnation']} went on from weights with other bits"
+        self._store.receive(compression)
         self._optimizer = optimizer
         self.lives.add(line["incarnation"])
         self._keep()
@@ -242,7 +258,14 @@ class Recomputation:
 
     def _computed(self, position: int, base: int, number: int) -> tuple[float, Bytes]:
         """The loss, and the gradient as it is pushed, in the `number`th buffer."""
-        if self._gradient is None or base not in self._kept or position in self.current.applied:
+        forms, sent = self._forms, self._sent
+        if (
+            self._gradient is None
+            or forms is None
+            or sent is None
+            or base not in self._kept
+            or position in self.current.applied
+        ):
             raise HeadwaterError(
                 f"the history is damaged: it cannot be that {self._rounds.name(position)} was "
                 f"computed at version {base} for version {self.current.version + 1}; restore it "
@@ -252,13 +275,14 @@ class Recomputation:
         for batch in self._rounds.batches(position):
             at = self._rounds.order.id(batch)
             steps.append((self._loader.take(self._key(batch)), at.epoch, at.number))
-        weights = [np.asarray(leaf) for leaf in self._kept[base]]
+        weights = sent(self._kept[base])
+        _, epoch, first = steps[0]
         with _on(self._platform):
-            gradient = self._gradient(weights, steps)
-        layout = self.store.layout
+            gradient = self._gradient(forms.unpack(weights), steps)
+            pushed = forms.pack(gradient.leaves, epoch, first)
         while number >= len(self._buffers):
-            self._buffers.append(layout.empty())
-        layout.pack(gradient.leaves, self._buffers[number])
+            self._buffers.append(forms.pushed.empty())
+        forms.pushed.pack(pushed, self._buffers[number])
         return gradient.loss, self._buffers[number]
 
     def _keep(self) -> None:

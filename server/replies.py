@@ -36,6 +36,8 @@ def welcome(
         warnings=warnings,
         local_steps=rounds.steps,
         inner_optimizer=inner_optimizer,
+        compression=str(config.pushes),
+        pull_dtype=config.pull_dtype or "own",
     )
 
 

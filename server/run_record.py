@@ -20,7 +20,7 @@ FORMAT = 1
 
 _ASKED = (
     *("epochs", "batch_size", "optimizer", "seed"),
-    *("consistency", "local_steps", "inner_optimizer"),
+    *("consistency", "local_steps", "inner_optimizer", "compress", "pull_dtype"),
 )
 
 

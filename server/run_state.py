@@ -60,7 +60,11 @@ class Run:
         self.identity = identity
         self.config = config
         self.layout = store.layout
-        self.staging = Staging(self.layout, config.max_staged_bytes)
+        self.pushed = config.pushes.packed(self.layout)
+        """What stands for a gradient on the wire."""
+        self.pulled = config.pulls.packed(self.layout)
+        """What stands for a version's weights there."""
+        self.staging = Staging(self.pushed, config.max_staged_bytes)
         self.roster = Roster()
         self.refusals = Refusals()
         self.ledger = Ledger(rounds.total, rounds.per_epoch, store.current.applied)

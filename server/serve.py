@@ -23,11 +23,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
+from headwater.protos.compression import NONE
 from headwater.protos.rpc import join_address, split_address
 from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
 from headwater.server.door import open_door
 from headwater.server.encoder import Encoder
+from headwater.server.packed_versions import PackedVersions
 from headwater.server.prepare import PortTaken, Prepared
 from headwater.server.run_state import Run
 from headwater.server.saver import Saver
@@ -81,7 +83,9 @@ class Serving:
         self._done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         layout = prepared.store.layout
         door = open_door(prepared.config.transport)
-        self._ways = Ways(Encoder(layout), VersionSlots(layout), door)
+        packed = PackedVersions(layout, prepared.config.pulls)
+        readers = Encoder(PackedVersions(layout, NONE))
+        self._ways = Ways(Encoder(packed), readers, VersionSlots(packed), door)
         self._health = health.aio.HealthServicer()
         self._grace_ends = 0.0
         self.run_state = Run(

@@ -103,7 +103,7 @@ class Service:
         head = frame(first)
         # Alone, because the layout of a model with many tensors is itself large.
         await self._write(context, head)
-        async for part in self._ways.encoder.parts(published):
+        async for part in self._ways.readers_encoder.parts(published):
             await self._write(context, part)
 
     async def _wait(self, request: pb.PullRequest) -> None:

@@ -54,12 +54,15 @@ class Ways:
     """How tensors leave the server; shared by all sessions."""
 
     encoder: Encoder
+    """For workers."""
+    readers_encoder: Encoder
     versions: VersionSlots
     door: Door | None
     """None: there is none for anybody."""
 
     def close(self) -> None:
         self.encoder.close()
+        self.readers_encoder.close()
         if self.door is not None:
             self.door.close()
 
@@ -261,7 +264,7 @@ class Session:
 
     def _begin_push(self, member: Member, push: pb.Push, body: memoryview | None) -> None:
         if self._incoming is not None:
-            missing = self._coordinator.run.layout.total_bytes - self._incoming.received
+            missing = self._coordinator.run.pushed.total_bytes - self._incoming.received
             self._reject(member, f"a new push began while {missing} bytes of the last were missing")
         written = None
         if self._line is not None and self._coordinator.tickets.token_is_mine(push.token):

@@ -34,7 +34,7 @@ class SharedLine:
         self._connection = connection
         self._versions = versions
         self._coordinator = coordinator
-        self._gradients = GradientSlots(coordinator.run.layout)
+        self._gradients = GradientSlots(coordinator.run.pushed)
         self._reads: dict[int, Slot] = {}  # by version; until the push that is based on it
         self._known: set[int] = set()  # slots that the worker was given
         self._dropped = 0  # slots that were gone when it was last told of such
@@ -67,7 +67,7 @@ class SharedLine:
             slot.readers += 1
             self._reads[weights.version] = slot
             used.append(slot)
-            size = self._coordinator.run.layout.total_bytes
+            size = self._coordinator.run.pulled.total_bytes
             message.weights.version, message.weights.slot = weights.version, slot.number
             message.weights.total_bytes = size
             self._coordinator.run.figures.bytes_out += size

@@ -11,6 +11,7 @@ import numpy as np
 from headwater.protos.layout import Bytes, Layout
 from headwater.protos.shared_memory import SharedMemory, copy
 from headwater.protos.wire import PART_BYTES
+from headwater.server.packed_versions import PackedVersions
 from headwater.server.store import Published
 
 SPARE = 2
@@ -45,8 +46,9 @@ class VersionSlots:
     readers have all let go of it. Lives on the event loop.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, packed: PackedVersions) -> None:
+        self._packed = packed
+        self._layout = layout = packed.layout
         self._places = [slice(t.offset, t.end) for t in layout.tensors]
         self._at_once = layout.total_bytes <= PART_BYTES
         self._newest: tuple[int, Slot] | None = None
@@ -117,7 +119,7 @@ class VersionSlots:
         return slot
 
     def _fill(self, slot: Slot, published: Published) -> None:
-        leaves = (np.asarray(leaf).reshape(-1).view(np.uint8) for leaf in published.leaves)
+        leaves = (leaf.reshape(-1).view(np.uint8) for leaf in self._packed.arrays(published))
         copy([(slot.array[place], leaf) for place, leaf in zip(self._places, leaves, strict=True)])
 
     def _publish(self, version: int, slot: Slot) -> Slot:

@@ -59,6 +59,8 @@ def status(run: Run) -> pb.StatusReply:
         staleness_policy=str(run.settings.staleness),
         local_steps=run.rounds.steps,
         inner_optimizer=run.inner_optimizer,
+        compression=str(run.config.pushes),
+        pull_dtype=run.config.pull_dtype or "own",
         optimizer=run.optimizer_text,
         optimizer_numbers=run.current.settings.numbers,
         skipped=skipped,

@@ -16,6 +16,7 @@ from typing import Any
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused, UsageError
 from headwater.server.applier import Result
+from headwater.server.config import NOT_IN_SYNC
 from headwater.server.dial import Dial
 from headwater.server.optimizer import (
     UPDATE_SCALE,
@@ -264,11 +265,13 @@ class Steering:
 
 
 def _does_not_fit(run: Run, dial: Dial) -> str:
-    """What is wrong with a group of that size; "" where it fits."""
+    """What is wrong with the dial there, in this run; "" where it fits."""
+    if dial.group is not None and run.config.pushes.keeps_residual:
+        return f"consistency {dial} does not go with --compress {run.config.pushes}: {NOT_IN_SYNC}"
     if (dial.group or 0) <= run.staging.slots:
         return ""
     return (
-        f"consistency {dial} holds {dial.group} gradients of {run.layout.total_bytes:,} bytes at "
+        f"consistency {dial} holds {dial.group} gradients of {run.pushed.total_bytes:,} bytes at "
         f"once, and --max-staged-bytes has room for {run.staging.slots}; raise it, or use smaller "
         "groups"
     )

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from headwater.protos.compression import NONE, Compression
 from headwater.protos.layout import Bytes, Layout
 from headwater.server.combine import combine
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
+from headwater.worker.compression import Unpack
 from headwater.worker.tree import ParameterTree, PyTree
 
 Leaves = Sequence[Any]
@@ -64,7 +66,7 @@ class Contribution:
     loss: float
     """Mean over them."""
     gradient: Bytes
-    """The flat buffer, uint8 of shape (layout.total_bytes,)."""
+    """The flat buffer, as it was pushed; uint8."""
     worker: str = ""
     """As the history names it."""
     base_leaves: tuple[jax.Array, ...] | None = None
@@ -119,12 +121,22 @@ class Store:
         # Compiled here, so that the first push does not wait for it.
         self._is_finite = jax.jit(_is_finite).lower(start.leaves, loss).compile()
         self._steps: dict[Any, Any] = {}
+        self._unpack = Unpack(tree.layout, NONE)
         self.prepare(start.settings)
         self._check(start.leaves, loss)
 
     @property
     def layout(self) -> Layout:
         return self._tree.layout
+
+    def receive(self, compression: Compression) -> None:
+        """Take gradients that are compressed like this from now on."""
+        self._unpack = Unpack(self.layout, compression)
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether a gradient is used as it was pushed, where it lies."""
+        return self._unpack.is_view
 
     # ------------------------------------------------------------- changing
 
@@ -173,8 +185,7 @@ class Store:
         """Move the weights by one fresh gradient; the version grows by one.
 
         Args:
-          gradient: The flat buffer, uint8 of shape (layout.total_bytes,). It may
-            be used again when this returns.
+          gradient: The flat buffer, as it was pushed. It may be used again when this returns.
           loss: Mean over the batch's examples.
           position: Of the batch, which counts as applied from this version on.
 
@@ -183,6 +194,10 @@ class Store:
         """
         fresh = Contribution(position, self.current.version, 1, loss, gradient)
         return self.move(self.step([fresh]))
+
+    def check_pushed(self, gradient: Bytes, loss: float) -> None:
+        """`check` of a gradient as it was pushed."""
+        self._check(self._unpack(gradient), _loss_array(loss))
 
     def check(self, leaves: Leaves, loss: float) -> None:
         """Whether `move` will take a gradient, without moving; it looks itself.
@@ -199,19 +214,20 @@ class Store:
     def step(self, contributions: Sequence[Contribution]) -> Step:
         """Put an update together from its gradients, in the order of their batches."""
         before = self.current
-        gradients = [list(self.layout.views(c.gradient).values()) for c in contributions]
+        gradients = [self._unpack(c.gradient) for c in contributions]
         leaves, loss = combine(
             gradients,
             contributions,
             before.leaves,
             before.settings.staleness,
         )
+        is_pushed = leaves is gradients[0] and self.reads_in_place
         return Step(
             leaves,
             loss,
             tuple(c.position for c in contributions),
             max(before.version - c.base for c in contributions),
-            contributions[0].gradient if leaves is gradients[0] else None,
+            contributions[0].gradient if is_pushed else None,
         )
 
     def move(self, step: Step) -> Published:

@@ -26,7 +26,7 @@ class Gradient:
 
     loss: float
     metrics: Mapping[str, float]
-    leaves: Sequence[np.ndarray]
+    leaves: Sequence[jax.Array]
     """In layout order; each of its parameter's shape and dtype."""
 
 
@@ -60,14 +60,14 @@ class AbstractGradientFunction(abc.ABC):
     @abc.abstractmethod
     def __call__(
         self,
-        weights: Sequence[np.ndarray],
+        weights: Sequence[Any],
         steps: Sequence[Step],
         on_step: Callable[[], None] = lambda: None,
     ) -> Gradient:
         """What is to be pushed for these batches.
 
         Args:
-          weights: In layout order. May be written again when this returns.
+          weights: Arrays in layout order. May be written again when this returns.
           steps: The ticket's batches, in its order.
           on_step: Called when one of them has been computed.
         """
@@ -110,7 +110,7 @@ class GradientFunction(AbstractGradientFunction):
 
     def __call__(
         self,
-        weights: Sequence[np.ndarray],
+        weights: Sequence[Any],
         steps: Sequence[Step],
         on_step: Callable[[], None] = lambda: None,
     ) -> Gradient:
@@ -118,10 +118,9 @@ class GradientFunction(AbstractGradientFunction):
         (loss, metrics), grads = self._compiled_for(batch)(
             self._task.tree.restore(weights), batch, np.uint32(epoch), np.uint32(number)
         )
-        leaves = [np.asarray(leaf) for leaf in self._task.tree.leaves(grads)]
-        gradient = Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
+        leaves = jax.block_until_ready(self._task.tree.leaves(grads))
         on_step()
-        return gradient
+        return Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
 
     def _compile(self, batch: Batch) -> Any:
         number = np.zeros((), np.uint32)

@@ -79,8 +79,16 @@ class Link:
         self._call = rpc.Stub(self._channel).Exchange(iter(self._outgoing.get, None))
         threading.Thread(target=self._report, name="headwater-progress", daemon=True).start()
 
-    def attach(self, offer: pb.SameHost, layout: Layout, transport: Transport) -> bool:
+    def attach(
+        self, offer: pb.SameHost, transport: Transport, *, pulled: Layout, pushed: Layout
+    ) -> bool:
         """Go on over a line, if this is the server's machine and user; whether it is.
+
+        Args:
+          offer: The server's.
+          transport: Whether to take it.
+          pulled: See `Slots`.
+          pushed: See `Slots`.
 
         Raises:
           HeadwaterError: It is not, and `transport` insists.
@@ -99,7 +107,7 @@ class Link:
                 ) from None
             log.info("tensors travel by gRPC: no shared memory with the server (%s)", error)
             return False
-        self.slots = Slots(layout)
+        self.slots = Slots(pulled, pushed)
         log.info("tensors travel through shared memory: the server is on this machine")
         return True
 

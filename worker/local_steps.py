@@ -83,7 +83,7 @@ class LocalSteps(AbstractGradientFunction):
 
     def __call__(
         self,
-        weights: Sequence[np.ndarray],
+        weights: Sequence[Any],
         steps: Sequence[Step],
         on_step: Callable[[], None] = lambda: None,
     ) -> Gradient:
@@ -101,8 +101,8 @@ class LocalSteps(AbstractGradientFunction):
                 jax.block_until_ready(values[-1])
                 on_step()
             values.append(value)
-        leaves = self._task.tree.leaves(self._difference(base, params))
-        gradient = [np.asarray(leaf) for leaf in leaves]
+        gradient = self._task.tree.leaves(self._difference(base, params))
+        jax.block_until_ready(gradient)
         on_step()
         loss, metrics = _means(values, [_example_count(batch) for batch, _, _ in steps])
         return Gradient(loss, metrics, gradient)

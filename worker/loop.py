@@ -25,6 +25,7 @@ from headwater.protos.rpc import PROTOCOL, Transport
 from headwater.protos.wire import PART_BYTES
 from headwater.worker.compute import fingerprint
 from headwater.worker.data import batch_rng
+from headwater.worker.forms import Forms
 from headwater.worker.gradient import AbstractGradientFunction, Gradient
 from headwater.worker.link import SILENCE_S, Disconnected, Link, Patience, refuse_older
 from headwater.worker.load import LoadedTask
@@ -84,6 +85,7 @@ class Worker:
             software=loaded.software(),
             compute=fingerprint(),
         )
+        self._forms = Forms(self._layout)
         self._weights = Weights(self._layout)
         self._compiled_for: tuple[object, ...] | None = None  # what decides it, of the welcome
         self._local_steps = 1
@@ -146,6 +148,8 @@ class Worker:
             for message, body in link.receive():
                 self._awaiting = False
                 refuse_older(message.stamp, self._hello.seen_incarnation)
+                if message.stamp.incarnation != self._hello.seen_incarnation:
+                    self._forms.forget()  # what it left out was left out of weights that are gone
                 self._hello.seen_incarnation = message.stamp.incarnation
                 if self._handle(link, message, body):
                     return True
@@ -177,7 +181,11 @@ class Worker:
     def _welcome(self, link: Link, welcome: pb.Welcome) -> None:
         self._patience.connected()
         link.silence_s = max(SILENCE_S, welcome.session_timeout_s)
-        link.attach(welcome.same_host, self._layout, self._transport)
+        self._agree(welcome)
+        link.attach(
+            welcome.same_host, self._transport,
+            pulled=self._forms.pulled, pushed=self._forms.pushed,
+        )  # fmt: skip
         self._hello.run_id = welcome.run_id
         for warning in welcome.warnings:
             log.warning("%s", warning)
@@ -186,6 +194,13 @@ class Worker:
         seconds = self._compile(welcome)
         self._phase = pb.PHASE_WAITING
         link.send(pb.WorkerMessage(ready=pb.Ready(compile_s=seconds)))
+
+    def _agree(self, welcome: pb.Welcome) -> None:
+        """Send and take tensors in the forms that the run has."""
+        forms = welcome.compression, welcome.pull_dtype, welcome.seed
+        if self._forms.of != forms:
+            self._forms = Forms(self._layout, *forms)
+            self._weights = Weights(self._forms.pulled)
 
     def _compile(self, welcome: pb.Welcome) -> float:
         """Compile for every shape a batch can have; seconds it took."""
@@ -224,6 +239,7 @@ class Worker:
 
     def _outcome(self, outcome: pb.Outcome) -> None:
         self._step()
+        self._forms.settle(applied=outcome.code == pb.OUTCOME_APPLIED)
         if outcome.code in (pb.OUTCOME_APPLIED, pb.OUTCOME_HELD):
             self._gradients += 1
             return
@@ -245,6 +261,8 @@ class Worker:
         texts = {pb.BYE_FINISHED: "the run is finished", pb.BYE_LEFT: "left"}
         text = texts.get(bye.reason, "the server was stopped")
         log.info("%s; %d of its gradients are from here", text, self._gradients)
+        if (norm := self._forms.forget()) > 0:
+            log.info("--compress left a residual of norm %.4g that was never pushed", norm)
         return True
 
     def _say_leave(self, link: Link) -> None:
@@ -277,7 +295,8 @@ class Worker:
             self._step()
         loaded = time.perf_counter()
         self._enter(pb.PHASE_COMPUTING)
-        gradient = self._gradient(self._weights.leaves, steps, self._step)
+        gradient = self._gradient(self._forms.unpack(self._weights.leaves), steps, self._step)
+        pushed = self._forms.pack(gradient.leaves, steps[0][1], steps[0][2])
         computed = time.perf_counter()
         self._enter(pb.PHASE_SENDING)
         push = pb.Push(
@@ -290,16 +309,16 @@ class Worker:
             load_s=loaded - began,
         )
         if ticket.gradient_slot and link.slots is not None:
-            link.slots.write(ticket.gradient_slot, gradient.leaves)
+            link.slots.write(ticket.gradient_slot, pushed)
             push.slot = ticket.gradient_slot
             link.send(pb.WorkerMessage(push=push))
         else:
-            self._push(link, push, gradient)
+            self._push(link, push, pushed)
         self._enter(pb.PHASE_WAITING)
         self._say(gradient)
 
-    def _push(self, link: Link, push: pb.Push, gradient: Gradient) -> None:
-        for offset, pieces in self._layout.cut(gradient.leaves, PART_BYTES):
+    def _push(self, link: Link, push: pb.Push, pushed: list[np.ndarray]) -> None:
+        for offset, pieces in self._forms.pushed.cut(pushed, PART_BYTES):
             if offset == 0:
                 message = pb.WorkerMessage(push=push)
             else:

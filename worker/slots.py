@@ -14,14 +14,16 @@ from headwater.protos.shared_memory import attach, copy
 
 
 class Slots:
-    """What was shared on one stream. Each slot holds one flat buffer of the layout.
+    """What was shared on one stream. Each slot holds one flat buffer.
 
     Args:
-      layout: Of the model.
+      pulled: Layout of what is sent for a version's weights.
+      pushed: Layout of what is sent for a gradient.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, pulled: Layout, pushed: Layout) -> None:
+        self._pulled = pulled
+        self._pushed = pushed
         self._views: dict[int, list[np.ndarray]] = {}
         self._flat: dict[int, list[np.ndarray]] = {}
 
@@ -71,7 +73,9 @@ class Slots:
         copy(list(zip(self._flat[number], sources, strict=True)))
 
     def _map(self, number: int, descriptor: int, *, writable: bool) -> None:
-        buffer = attach(descriptor, self._layout.total_bytes, writable=writable)
-        self._views[number] = list(self._layout.views(buffer).values())
+        layout = self._pushed if writable else self._pulled
+        buffer = attach(descriptor, layout.total_bytes, writable=writable)
         if writable:
-            self._flat[number] = [buffer[t.offset : t.end] for t in self._layout.tensors]
+            self._flat[number] = [buffer[t.offset : t.end] for t in layout.tensors]
+        else:
+            self._views[number] = list(layout.views(buffer).values())

@@ -57,7 +57,7 @@ def test_loss_and_gradient_are_those_of_value_and_grad_with_the_batchs_key() -> 
     assert got.loss == float(value)
     assert got.metrics == {name: float(metric) for name, metric in metrics.items()}
     for leaf, want in zip(got.leaves, mine.tree.leaves(grads), strict=True):
-        assert isinstance(leaf, np.ndarray)
+        assert isinstance(leaf, jax.Array)
         np.testing.assert_allclose(leaf, want, rtol=1e-6)
 
 

@@ -36,6 +36,7 @@ _TASK_API = tuple(
         "optimizer_spec",
         "compute",
         "delayed_nesterov",
+        "compression",  # of what its workers send, and get
         "local_steps",  # checked when the server starts, for its workers
     )
 )

@@ -76,7 +76,7 @@ def test_what_comes_first_on_a_workers_line_is_not_lost() -> None:
         link = Link("127.0.0.1:1", pb.Progress)
         try:
             offer = pb.SameHost(socket=f"headwater-test-{os.getpid()}", key=bytes(16))
-            assert link.attach(offer, LAYOUT, "auto")
+            assert link.attach(offer, "auto", pulled=LAYOUT, pushed=LAYOUT)
             assert link._line is not None
             heard = [message for message, _ in link._receive_on(link._line)]
             assert heard == [bye]

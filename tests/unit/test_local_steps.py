@@ -359,7 +359,7 @@ class Sent:
         self.body = b""
         self.slots = None
 
-    def attach(self, *_: object) -> bool:
+    def attach(self, *_: object, **__: object) -> bool:
         return False
 
     def send(self, message: pb.WorkerMessage, *body: memoryview) -> None:

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from headwater.protos import shared_memory
+from headwater.protos.compression import NONE
 from headwater.protos.errors import HeadwaterError
 from headwater.protos.layout import Layout
 from headwater.protos.shared_memory import SharedMemory, attach
 from headwater.server import slots
+from headwater.server.packed_versions import PackedVersions
 from headwater.server.slots import GradientSlots, Slot, VersionSlots
 from headwater.server.store import Published
 from headwater.worker.slots import Slots
@@ -47,7 +49,7 @@ class VersionsUnderUse(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slots = VersionSlots(LAYOUT)
+        self.slots = VersionSlots(PackedVersions(LAYOUT, NONE))
         self.newest = 0
         self.held: list[tuple[int, Slot]] = []
         self.vanished: list[tuple[int, Slot]] = []
@@ -96,7 +98,7 @@ VersionsUnderUse.TestCase.settings = settings(max_examples=60, deadline=None)
 
 def test_a_large_version_is_copied_once_for_all_who_wait_for_it() -> None:
     async def share() -> None:
-        versions = VersionSlots(LARGE)
+        versions = VersionSlots(PackedVersions(LARGE, NONE))
         assert versions.ready(version(3, LARGE)) is None  # not at once: the loop would stand still
         found = await asyncio.gather(*(versions.share(version(3, LARGE)) for _ in range(3)))
         assert len({slot.number for slot in found}) == 1
@@ -185,7 +187,7 @@ def test_copies_are_whole_with_one_thread_and_with_two(sizes: tuple[int, ...]) -
 def test_a_worker_finds_wrong_announcements() -> None:
     from headwater.protos import parameter_server_pb2 as pb
 
-    worker = Slots(LAYOUT)
+    worker = Slots(LAYOUT, LAYOUT)
     memory = SharedMemory(LAYOUT.total_bytes, read_only=True)
     with pytest.raises(HeadwaterError, match="announced 2 slots and sent 1"):
         worker.learn(pb.ServerMessage(new_slots=[1, 2]), [os.dup(memory.descriptor)])

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.assembly import Weights
+from headwater.protos.compression import NONE
 from headwater.protos.errors import HeadwaterError
 from headwater.protos.layout import DTYPES, Layout
 from headwater.protos.wire import PART_BYTES, unframe
 from headwater.server.encoder import encode
+from headwater.server.packed_versions import PackedVersions
 from headwater.server.ranges import Ranges
 from headwater.server.store import Published
 
@@ -88,7 +90,7 @@ def test_what_the_server_encodes_is_put_together_bit_for_bit(
 
     for version in (0, 1, 2, 3):
         leaves = bits(layout, seed + version)
-        take(weights, encode(layout, published(version, leaves)), kind)
+        take(weights, encode(PackedVersions(layout, NONE), published(version, leaves)), kind)
 
         assert weights.version == version
         assert same(weights.leaves, leaves)
@@ -112,7 +114,7 @@ def test_a_model_of_any_size_crosses_in_parts_of_one_mebibyte(
     leaves = bits(layout, seed=0)
     weights = Weights(layout)
 
-    messages = list(encode(layout, published(7, leaves)))
+    messages = list(encode(PackedVersions(layout, NONE), published(7, leaves)))
     take(weights, messages[:-1])
     assert weights.version == -1  # not whole yet
     take(weights, messages[-1:])
@@ -135,7 +137,7 @@ def test_tensors_that_lie_across_parts_are_put_together() -> None:
     leaves = bits(layout, seed=0)
     weights = Weights(layout)
 
-    take(weights, encode(layout, published(7, leaves)))
+    take(weights, encode(PackedVersions(layout, NONE), published(7, leaves)))
 
     assert weights.version == 7
     assert same(weights.leaves, leaves)
@@ -144,7 +146,7 @@ def test_tensors_that_lie_across_parts_are_put_together() -> None:
 def test_every_part_says_which_version_of_which_incarnation_it_is() -> None:
     layout = Layout.of([("w", np.dtype(np.float32), (PART_BYTES // 2,))])
 
-    messages = list(encode(layout, published(7, bits(layout, seed=0))))
+    messages = list(encode(PackedVersions(layout, NONE), published(7, bits(layout, seed=0))))
 
     for number, data in enumerate(messages):
         message = unframe(pb.PullReply, data).message
@@ -158,7 +160,7 @@ def test_a_model_without_a_single_number_is_one_empty_part() -> None:
     layout = Layout.of([("w", np.dtype(np.float32), (0, 3))])
     weights = Weights(layout)
 
-    messages = list(encode(layout, published(7, bits(layout, seed=0))))
+    messages = list(encode(PackedVersions(layout, NONE), published(7, bits(layout, seed=0))))
     take(weights, messages)
 
     assert len(messages) == 1
