@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import struct
 import threading
@@ -157,6 +158,10 @@ class Line:
                 return None
             self._ready = list(found)
         return self._ready.pop(0)
+
+    def has_more(self) -> bool:
+        """Whether there is something to receive now."""
+        return bool(self._ready) or bool(select.select([self._socket], [], [], 0)[0])
 
     def put_back(self, received: Received) -> None:
         """Have the next `receive` return it."""

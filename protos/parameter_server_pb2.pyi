@@ -179,7 +179,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., push: _Optional[_Union[Push, _Mapping]] = ..., push_part: _Optional[_Union[PushPart, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "instance", "attempt", "run_id", "seen_incarnation", "task", "layout", "name", "host", "pid", "platform", "devices", "software", "compute")
+    __slots__ = ("protocol", "instance", "attempt", "run_id", "seen_incarnation", "task", "layout", "name", "host", "pid", "platform", "devices", "software", "compute", "pipelines")
     class SoftwareEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,7 @@ class Hello(_message.Message):
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     instance: int
     attempt: int
@@ -222,10 +223,11 @@ class Hello(_message.Message):
     devices: int
     software: _containers.ScalarMap[str, str]
     compute: _containers.ScalarMap[str, str]
-    def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ..., compute: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    pipelines: bool
+    def __init__(self, protocol: _Optional[int] = ..., instance: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., task: _Optional[_Union[TaskIdentity, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., pid: _Optional[int] = ..., platform: _Optional[str] = ..., devices: _Optional[int] = ..., software: _Optional[_Mapping[str, str]] = ..., compute: _Optional[_Mapping[str, str]] = ..., pipelines: bool = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer", "same_host", "compression", "pull_dtype")
+    __slots__ = ("run_id", "worker_id", "name", "seed", "batch_size", "epochs", "batches_per_epoch", "max_part_bytes", "session_timeout_s", "warnings", "local_steps", "inner_optimizer", "same_host", "compression", "pull_dtype", "pipelines")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +243,7 @@ class Welcome(_message.Message):
     SAME_HOST_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     worker_id: int
     name: str
@@ -256,7 +259,8 @@ class Welcome(_message.Message):
     same_host: SameHost
     compression: str
     pull_dtype: str
-    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., same_host: _Optional[_Union[SameHost, _Mapping]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ...) -> None: ...
+    pipelines: bool
+    def __init__(self, run_id: _Optional[str] = ..., worker_id: _Optional[int] = ..., name: _Optional[str] = ..., seed: _Optional[int] = ..., batch_size: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_per_epoch: _Optional[int] = ..., max_part_bytes: _Optional[int] = ..., session_timeout_s: _Optional[float] = ..., warnings: _Optional[_Iterable[str]] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., same_host: _Optional[_Union[SameHost, _Mapping]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ..., pipelines: bool = ...) -> None: ...
 
 class SameHost(_message.Message):
     __slots__ = ("socket", "key")
@@ -281,7 +285,7 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Push(_message.Message):
-    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s", "slot")
+    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s", "slot", "queue_s")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +301,7 @@ class Push(_message.Message):
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     token: Token
     base: int
     incarnation: int
@@ -305,7 +310,8 @@ class Push(_message.Message):
     compute_s: float
     load_s: float
     slot: int
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ..., slot: _Optional[int] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ..., slot: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class PushPart(_message.Message):
     __slots__ = ("token", "offset")

@@ -1,9 +1,10 @@
 """Who may compute what, at which version, and whose gradient moves the weights.
 
 A worker asks; it is given a ticket for one batch when a batch is pending, a
-staging slot is free, and the dial allows it. A gradient that comes with its
-ticket is held, and applied in its turn. Everything a worker did not finish goes
-back when it is lost.
+staging slot is free, and the dial allows it. One that asks again before its gradient
+is here gets a second ticket, if that takes nothing from those who have none. A
+gradient that comes with its ticket is held, and applied in its turn. Everything a
+worker did not finish goes back when it is lost.
 
 With a bound K, a ticket is granted only if, once it is out, all gradients under
 way could still be applied without one being older than K:
@@ -101,6 +102,7 @@ class Admission:
         at least a group: tickets, held and applying together never exceed it.
       avoid: The batches that a worker should not be given (see refusals.py).
       dial: See `set_dial`.
+      workers: How many could have a ticket now.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Admission:
         slots: int,
         avoid: Callable[[WorkerId], Collection[int]] = lambda worker: (),
         dial: Dial = Dial(),  # noqa: B008  (frozen)
+        workers: Callable[[], int] = lambda: 0,
     ) -> None:
         self.ledger = ledger
         self.paused = False
@@ -117,6 +120,7 @@ class Admission:
         """Staleness above which a gradient is refused when its turn comes."""
         self._slots = slots
         self._avoid = avoid
+        self._workers = workers
         self._waiting: dict[WorkerId, _Request] = {}  # in order
         self._out: dict[int, _Out] = {}
         self._unwanted: dict[int, tuple[WorkerId, Unwanted]] = {}  # still under way, for nothing
@@ -160,7 +164,8 @@ class Admission:
         """When the first of those who wait may get somebody else's batch; None: not for now."""
         if self.paused or self._applying or not self._has_slot():
             return None
-        found = [oldest for worker in self._waiting if (oldest := self._oldest(worker))]
+        have_none = [worker for worker in self._waiting if not self.tickets_of(worker)]
+        found = [oldest for worker in have_none if (oldest := self._oldest(worker))]
         return min(map(self._backup_due, found), default=None)
 
     # -------------------------------------------------------------- moving
@@ -176,15 +181,22 @@ class Admission:
         self._waiting[worker] = _Request(deadline_s, max(1, reserve))
 
     def grants(self, version: int, now: float) -> list[Grant]:
-        """Issue what can be issued; workers that asked first come first."""
-        found = []
-        for worker in list(self._waiting):
+        """Issue what can be issued: first tickets, then second ones, in the order asked for."""
+        found: list[Grant] = []
+        have_one = {out.ticket.worker for out in self._out.values()}
+        for worker in sorted(self._waiting, key=have_one.__contains__):
             if self.paused or not self._has_slot() or not self._may_begin(version):
+                break
+            if worker in have_one and not self._has_room_for_second(version):
                 break
             grant = self._grant(worker, version, now)
             if grant:
                 found.append(grant)
         return found
+
+    def issued_time(self, number: int) -> float:
+        """Of an outstanding ticket; the time of a pause does not count."""
+        return self._out[number].issued_time
 
     def hold(self, number: int, now: float) -> Ticket:
         """The whole gradient for this ticket, which must be outstanding, has come."""
@@ -331,9 +343,9 @@ class Admission:
     def _under_way(self) -> list[Ticket]:
         return [*_tickets(self._out), *self._held]
 
-    def _has_slot(self) -> bool:
+    def _has_slot(self, count: int = 1) -> bool:
         applying = sum(len(update) for update in self._applying)
-        return len(self._out) + len(self._held) + applying < self._slots
+        return len(self._out) + len(self._held) + applying + count <= self._slots
 
     def _clock(self, version: int) -> int:
         """The version when all that is being applied will have been."""
@@ -350,6 +362,14 @@ class Admission:
         if self.dial.group is not None:
             return not self._applying  # all of a group are at one version
         return self._ok(self._clock(version), (*self.bases, version))
+
+    def _has_room_for_second(self, version: int) -> bool:
+        """Whether all who have no ticket could still be given one beside it."""
+        if self.dial.group is not None:
+            return False
+        idle = max(0, self._workers() - len({out.ticket.worker for out in self._out.values()}))
+        bases = (*self.bases, *[version] * (1 + idle))
+        return self._has_slot(1 + idle) and self._ok(self._clock(version), bases)
 
     def _oldest_held(self, version: int) -> tuple[Ticket, ...]:
         ticket = min(self._held, key=lambda t: t.base)  # the first to come of those
@@ -443,6 +463,8 @@ class Admission:
         position = self.ledger.take(worker)
         holder = None
         if position is None:
+            if self.tickets_of(worker):
+                return None  # what others have in reserve is not for a second ticket
             moved = self.ledger.withdraw(worker, self._avoid(worker))
             if moved is None:
                 return None

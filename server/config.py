@@ -98,6 +98,10 @@ class ServerConfig:
     """Seconds without progress before a ticket is taken back; or ten times the
     worker's own slowest step, if that is longer."""
 
+    pipeline: Literal["auto", "on", "off"] = "auto"
+    """Whether a worker gets a second ticket, to compute while its last gradient travels; auto:
+    where there are two or more, and it would wait for a network or for its accelerator's host."""
+
     lease_s: float = 2.0
     """Seconds of a worker's work that are reserved for it, so that it loads their data ahead."""
 
@@ -160,6 +164,11 @@ class ServerConfig:
     def pulls(self) -> Compression:
         """`pull_dtype`, read."""
         return pulls(self.pull_dtype)
+
+    @property
+    def pipelines(self) -> bool:
+        """Whether there can be second tickets. Error feedback needs one outcome after the other."""
+        return self.pipeline != "off" and not self.pushes.keeps_residual
 
     @functools.cached_property
     def snapshot_interval(self) -> Interval:

@@ -179,7 +179,7 @@ class Coordinator:
 
     def received(self, member: Member, ticket: Ticket, push: pb.Push, staged: Staged) -> None:
         """The whole gradient is here."""
-        step_s = self.run.clock() - member.granted_time
+        step_s = self.run.clock() - self.run.admission.issued_time(ticket.number) - push.queue_s
         member.steps_s.add(step_s)
         member.times.pushed(push.load_s, push.compute_s, step_s)
         member.phase = "waiting"

@@ -92,6 +92,13 @@ def server(
             help="How weights are sent to workers. Default: own, or as before.",
         ),
     ] = None,
+    pipeline: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(
+            help="Workers compute the next gradient while the last one travels, at the price of "
+            "staleness. auto: two or more workers, over a network or with accelerators."
+        ),
+    ] = "auto",
     lease_seconds: Annotated[
         float, typer.Option(metavar="SECONDS", help="Of work reserved for a worker ahead.")
     ] = ServerConfig.lease_s,
@@ -170,6 +177,7 @@ def server(
         inner_optimizer=inner_optimizer,
         compress=compress,
         pull_dtype=pull_dtype,
+        pipeline=pipeline,
         lease_s=lease_seconds,
         epochs=epochs,
         batch_size=batch_size,

@@ -38,6 +38,7 @@ def welcome(
         inner_optimizer=inner_optimizer,
         compression=str(config.pushes),
         pull_dtype=config.pull_dtype or "own",
+        pipelines=config.pipelines,
     )
 
 

@@ -74,15 +74,13 @@ class Member:
     phase: str = "compiling"
     hung: bool = False
     """A ticket expired, and nothing finished since."""
-    granted_time: float = 0.0
-    """When its newest ticket was issued."""
     has_version: int = -1
     """Of the weights it was sent last."""
     staleness: Histogram = dataclasses.field(default_factory=Histogram)
     examples: Rate = dataclasses.field(default_factory=Rate)
     gradients: int = 0
     steps_s: StepTimes = dataclasses.field(default_factory=StepTimes)
-    """From ticket to whole gradient."""
+    """From ticket to whole gradient, less the time that the one before took."""
     times: Times = dataclasses.field(default_factory=Times)
     transport: str = "grpc"
     """How its tensors travel."""

@@ -69,8 +69,9 @@ class Run:
         self.refusals = Refusals()
         self.ledger = Ledger(rounds.total, rounds.per_epoch, store.current.applied)
         self.admission = Admission(
-            self.ledger, self.staging.slots, self._avoided_by, self.settings.dial
-        )
+            self.ledger, self.staging.slots, self._avoided_by, self.settings.dial,
+            lambda: len(self.able()),
+        )  # fmt: skip
         self.admission.drop_over = self.settings.staleness.drop
         self.figures = RunFigures()
         self.evaluations = Evaluations()

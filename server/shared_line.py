@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
@@ -25,6 +26,14 @@ WRITE_TIMEOUT_S = 30.0
 """Seconds that a message of about 1 MiB may take to leave: a slower reader is cut."""
 
 
+@dataclasses.dataclass
+class _Read:
+    """A version that the worker reads, until it has pushed all that is based on it."""
+
+    slot: Slot
+    tickets: int = 0
+
+
 class SharedLine:
     """A worker's line, and the memory that it shares with the server."""
 
@@ -35,7 +44,7 @@ class SharedLine:
         self._versions = versions
         self._coordinator = coordinator
         self._gradients = GradientSlots(coordinator.run.pushed)
-        self._reads: dict[int, Slot] = {}  # by version; until the push that is based on it
+        self._reads: dict[int, _Read] = {}  # by version
         self._known: set[int] = set()  # slots that the worker was given
         self._dropped = 0  # slots that were gone when it was last told of such
 
@@ -64,14 +73,19 @@ class SharedLine:
         """Send a message, with the weights in `slot`."""
         used = []
         if weights is not None and slot is not None:
-            slot.readers += 1
-            self._reads[weights.version] = slot
+            if weights.version in self._reads:
+                slot = self._reads[weights.version].slot
+            else:
+                slot.readers += 1
+                self._reads[weights.version] = _Read(slot)
             used.append(slot)
             size = self._coordinator.run.pulled.total_bytes
             message.weights.version, message.weights.slot = weights.version, slot.number
             message.weights.total_bytes = size
             self._coordinator.run.figures.bytes_out += size
         if message.HasField("ticket"):
+            if read := self._reads.get(message.ticket.base):
+                read.tickets += 1
             with contextlib.suppress(OSError):  # no memory: then the gradient comes in parts
                 slot = self._gradients.assign(message.ticket.token.number)
                 message.ticket.gradient_slot = slot.number
@@ -94,9 +108,11 @@ class SharedLine:
 
     def pushed(self, push: pb.Push) -> Staged | None:
         """The worker has let go of the push's weights; where its gradient is."""
-        slot = self._reads.pop(push.base, None)
-        if slot is not None:
-            self._versions.release(slot)
+        read = self._reads.get(push.base)
+        if read is not None:
+            read.tickets -= 1
+            if not read.tickets:
+                self._versions.release(self._reads.pop(push.base).slot)
         written = self._gradients.written(push.token.number)
         if written is None:
             return None
@@ -107,8 +123,8 @@ class SharedLine:
         return Staged(written.array, give_back, is_shared=True)
 
     def close(self) -> None:
-        for slot in self._reads.values():
-            self._versions.drop(slot)
+        for read in self._reads.values():
+            self._versions.drop(read.slot)
         self._reads.clear()
         self._connection.close()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason
@@ -96,21 +96,36 @@ class Tickets:
         ticket = self._run.admission.outstanding(token.number)
         return ticket if ticket and ticket.worker == member.id else None
 
-    def request(self, member: Member) -> None:
-        """The worker wants a ticket, if it may have one."""
+    def request(self, member: Member) -> bool:
+        """The worker wants a ticket; whether it may have one."""
         run = self._run
-        if (
+        may = (
             member.ready
             and member.id in run.roster.members
             and member.id not in run.refusals.quarantined
-            and not run.admission.tickets_of(member.id)
-        ):
+            and len(run.admission.tickets_of(member.id)) < self._depth(member)
+        )
+        if may:
             run.admission.request(
                 member.id,
                 member.deadline_s(run.config.ticket_timeout_s),
                 member.reserve(run.config.lease_s),
             )
             member.times.asked(run.clock())
+        return may
+
+    def _depth(self, member: Member) -> int:
+        """Tickets that the worker may have at once: with two, it computes while it exchanges."""
+        run, dial = self._run, self._run.settings.dial
+        if not member.hello.pipelines or not run.config.pipelines or dial.group is not None:
+            return 1
+        if dial.bound == 0:
+            return 1
+        if run.config.pipeline == "on":
+            return 2
+        # A CPU here would compute slower for all that goes on beside it.
+        waits = member.transport == "grpc" or member.hello.platform != "cpu"
+        return 2 if waits and len(run.able()) > 1 else 1
 
     def answer(self, member: Member, outcome: pb.Outcome) -> None:
         """Send an outcome, with the next ticket in the same message where there is one."""
@@ -124,8 +139,8 @@ class Tickets:
             session.send(message)
             return
         sent = False
-        for grant in run.admission.grants(run.current.version, run.clock()):
-            if grant.ticket.worker == member.id:
+        for grant in self._grants():
+            if grant.ticket.worker == member.id and not sent:
                 self._send_grant(grant, message)
                 sent = True
             else:
@@ -136,13 +151,22 @@ class Tickets:
     def grant(self) -> None:
         """Issue what can be issued."""
         run = self._run
-        for grant in run.admission.grants(run.current.version, run.clock()):
+        for grant in self._grants():
             self._send_grant(grant)
         due = run.admission.backup_time()
         if due is not None and self._backup_timer is None:
             self._backup_timer = asyncio.get_running_loop().call_later(
                 max(0.0, due - run.clock()) + BACKUP_LATE_S, self._back_up
             )
+
+    def _grants(self) -> Iterator[Grant]:
+        """All that can be issued; who has one asks for a second, if it may have two."""
+        run = self._run
+        while grants := run.admission.grants(run.current.version, run.clock()):
+            yield from grants
+            asked = [self.request(run.roster.members[grant.ticket.worker]) for grant in grants]
+            if not any(asked):
+                return
 
     def _back_up(self) -> None:
         self._backup_timer = None
@@ -159,8 +183,7 @@ class Tickets:
             self.withdraw(run.roster.members[grant.withdrawn_from], [grant.ticket.position])
         deadline_s = member.deadline_s(run.config.ticket_timeout_s)
         message.ticket.CopyFrom(replies.ticket(run.rounds, grant, self._life, deadline_s))
-        member.granted_time = run.clock()
-        member.times.granted(member.granted_time)
+        member.times.granted(run.clock())
         weights = run.current if member.has_version != grant.ticket.base else None
         member.has_version = grant.ticket.base
         self._sessions[member.id].send(message, weights)

@@ -23,7 +23,7 @@ from headwater.protos.errors import (
 from headwater.protos.layout import Layout
 from headwater.protos.line import Line
 from headwater.protos.rpc import Transport
-from headwater.protos.wire import Framed, MalformedMessage, frame, unframe
+from headwater.protos.wire import PART_BYTES, Framed, MalformedMessage, frame, unframe
 from headwater.worker.slots import Slots
 
 log = logging.getLogger("headwater.worker")
@@ -73,6 +73,7 @@ class Link:
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(QUEUED_MESSAGES)
         self._closed = threading.Event()
         self._line: Line | None = None
+        self._ahead: queue.SimpleQueue[bytes | grpc.RpcError | None] | None = None
         self.slots: Slots | None = None
         """What the server shares, once it does."""
         self._channel = rpc.connect(address)
@@ -110,6 +111,22 @@ class Link:
         self.slots = Slots(pulled, pushed)
         log.info("tensors travel through shared memory: the server is on this machine")
         return True
+
+    def work_ahead(self, gradient_bytes: int) -> None:
+        """Have room for a whole gradient to leave, and take in what comes, while one computes.
+
+        Over a line that costs nothing: it has room for all that is said there.
+        """
+        if self._line is None:
+            self._outgoing.maxsize = QUEUED_MESSAGES + -(-gradient_bytes // PART_BYTES)
+            self._ahead = queue.SimpleQueue()
+            threading.Thread(target=self._take_in, name="headwater-receive", daemon=True).start()
+
+    def has_more(self) -> bool:
+        """Whether `receive` would return at once, of what was taken in ahead or over a line."""
+        if self._line is not None:
+            return self._line.has_more()
+        return self._ahead is not None and not self._ahead.empty()
 
     def send(self, message: pb.WorkerMessage, *body: memoryview) -> None:
         """Queue a message, with the pieces of its body; blocks while the network is behind.
@@ -151,6 +168,8 @@ class Link:
                 yield unframe(pb.ServerMessage, data)
                 if self._line is not None:
                     yield from self._receive_on(self._line)  # then the stream says how it ended
+                elif self._ahead is not None:
+                    yield from self._receive_ahead(self._ahead)
                 self._waiting_since = time.monotonic()
         except grpc.RpcError as error:
             if self._given_up:
@@ -177,6 +196,29 @@ class Link:
             if framed.message.new_slots or framed.message.gone_slots or received.descriptors:
                 self.slots.learn(framed.message, received.descriptors)
             yield framed
+
+    def _take_in(self) -> None:
+        assert self._ahead is not None
+        try:
+            for data in self._call:
+                self._ahead.put(data)
+        except grpc.RpcError as error:
+            self._ahead.put(error)
+        else:
+            self._ahead.put(None)
+
+    def _receive_ahead(
+        self, ahead: queue.SimpleQueue[bytes | grpc.RpcError | None]
+    ) -> Iterator[Framed[pb.ServerMessage]]:
+        while True:
+            self._waiting_since = time.monotonic()
+            data = ahead.get()
+            self._waiting_since = None
+            if data is None:
+                return
+            if isinstance(data, grpc.RpcError):
+                raise data
+            yield unframe(pb.ServerMessage, data)
 
     def _silence(self) -> str:
         return f"nothing was heard from the server for {self.silence_s:.0f} s"

@@ -13,6 +13,8 @@ import secrets
 import socket
 import threading
 import time
+from collections import deque
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +45,16 @@ SAY_S = 10.0
 
 # Both are a part of normal life: duplicates in sync mode, stale pushes where they are dropped.
 _LEVELS = {pb.OUTCOME_DUPLICATE: logging.DEBUG, pb.OUTCOME_STALE: logging.INFO}
+
+
+class _Task(NamedTuple):
+    """A ticket, and what is needed for it."""
+
+    ticket: pb.Ticket
+    weights: list[np.ndarray]
+    incarnation: int
+    since: float
+    """When all of that was here."""
 
 
 class Worker:
@@ -84,6 +96,7 @@ class Worker:
             devices=1,
             software=loaded.software(),
             compute=fingerprint(),
+            pipelines=True,
         )
         self._forms = Forms(self._layout)
         self._weights = Weights(self._layout)
@@ -92,12 +105,14 @@ class Worker:
         self._gradient: AbstractGradientFunction | None = None
         self._loader: Loader | None = None
         self._link: Link | None = None
+        self._waiting: deque[_Task] = deque()
+        self._unanswered = 0
         self._phase = pb.PHASE_WAITING
         self._steps = 0
         self._gradients = 0
         self._said_time = time.monotonic()
         self._leaving = False
-        self._awaiting = False  # a ticket, with nothing of ours on its way
+        self._awaiting = False  # a message, with nothing in hand
 
     def run(self) -> None:
         """Returns when the run is finished or was stopped, or this worker was asked to leave.
@@ -137,6 +152,8 @@ class Worker:
         """Whether a bye was received; else the stream just ended."""
         self._hello.attempt += 1
         self._weights.restart()
+        self._waiting.clear()
+        self._unanswered = 0
         if self._loader:
             self._loader.clear()
         link = self._link = Link(
@@ -153,6 +170,11 @@ class Worker:
                 self._hello.seen_incarnation = message.stamp.incarnation
                 if self._handle(link, message, body):
                     return True
+                # What waits to be read comes first: a bye, or weights that are newer.
+                while self._waiting and not self._leaving and not link.has_more():
+                    self._compute(link, self._waiting.popleft())
+                if self._leaving and not self._unanswered:
+                    self._say_leave(link)
                 self._awaiting = True
             return False
         finally:
@@ -172,10 +194,8 @@ class Worker:
             self._lease(message.lease)
         if message.HasField("bye"):
             return self._bye(message.bye)
-        if self._leaving:
-            self._say_leave(link)
-        elif message.HasField("ticket"):
-            self._compute(link, message.ticket, message.stamp.incarnation)
+        if message.HasField("ticket"):
+            self._take_ticket(message.ticket, message.stamp.incarnation)
         return False
 
     def _welcome(self, link: Link, welcome: pb.Welcome) -> None:
@@ -186,6 +206,8 @@ class Worker:
             welcome.same_host, self._transport,
             pulled=self._forms.pulled, pushed=self._forms.pushed,
         )  # fmt: skip
+        if welcome.pipelines:
+            link.work_ahead(self._forms.pushed.total_bytes)
         self._hello.run_id = welcome.run_id
         for warning in welcome.warnings:
             log.warning("%s", warning)
@@ -239,6 +261,7 @@ class Worker:
 
     def _outcome(self, outcome: pb.Outcome) -> None:
         self._step()
+        self._unanswered -= 1
         self._forms.settle(applied=outcome.code == pb.OUTCOME_APPLIED)
         if outcome.code in (pb.OUTCOME_APPLIED, pb.OUTCOME_HELD):
             self._gradients += 1
@@ -273,10 +296,8 @@ class Worker:
 
     # --------------------------------------------------------------- computing
 
-    def _compute(self, link: Link, ticket: pb.Ticket, incarnation: int) -> None:
-        """One ticket: load, compute, push."""
-        assert self._loader is not None
-        assert self._gradient is not None
+    def _take_ticket(self, ticket: pb.Ticket, incarnation: int) -> None:
+        """Keep it for its turn, with its weights: newer ones may come before that."""
         if ticket.base != self._weights.version:
             raise HeadwaterError(
                 f"the server's ticket is for version {ticket.base}, the weights it sent are of "
@@ -287,6 +308,13 @@ class Worker:
                 f"the server's ticket has {len(ticket.batches)} batches, its welcome said "
                 f"local_steps={self._local_steps}; are server and worker of one version?"
             )
+        self._waiting.append(_Task(ticket, self._weights.leaves, incarnation, time.perf_counter()))
+
+    def _compute(self, link: Link, task: _Task) -> None:
+        """One ticket: load, compute, push."""
+        assert self._loader is not None
+        assert self._gradient is not None
+        ticket = task.ticket
         self._enter(pb.PHASE_LOADING)
         began = time.perf_counter()
         steps = []
@@ -295,26 +323,29 @@ class Worker:
             self._step()
         loaded = time.perf_counter()
         self._enter(pb.PHASE_COMPUTING)
-        gradient = self._gradient(self._forms.unpack(self._weights.leaves), steps, self._step)
+        gradient = self._gradient(self._forms.unpack(task.weights), steps, self._step)
         pushed = self._forms.pack(gradient.leaves, steps[0][1], steps[0][2])
         computed = time.perf_counter()
         self._enter(pb.PHASE_SENDING)
         push = pb.Push(
             token=ticket.token,
             base=ticket.base,
-            incarnation=incarnation,
+            incarnation=task.incarnation,
             loss=gradient.loss,
             metrics=gradient.metrics,
             compute_s=computed - loaded,
             load_s=loaded - began,
+            queue_s=began - task.since,
         )
+        self._unanswered += 1
         if ticket.gradient_slot and link.slots is not None:
             link.slots.write(ticket.gradient_slot, pushed)
             push.slot = ticket.gradient_slot
             link.send(pb.WorkerMessage(push=push))
         else:
             self._push(link, push, pushed)
-        self._enter(pb.PHASE_WAITING)
+        if not self._waiting:
+            self._enter(pb.PHASE_WAITING)
         self._say(gradient)
 
     def _push(self, link: Link, push: pb.Push, pushed: list[np.ndarray]) -> None:

@@ -21,11 +21,21 @@ class History:
     """
 
     def __init__(
-        self, total: int, dial: str = "async", *, per_epoch: int | None = None, slots: int = 100
+        self,
+        total: int,
+        dial: str = "async",
+        *,
+        per_epoch: int | None = None,
+        slots: int = 100,
+        workers: int = 0,
     ) -> None:
         self.ledger = Ledger(total, per_epoch or total)
         self.admission = Admission(
-            self.ledger, slots, lambda worker: self.avoided.get(worker, ()), Dial.parse(dial)
+            self.ledger,
+            slots,
+            lambda worker: self.avoided.get(worker, ()),
+            Dial.parse(dial),
+            lambda: workers,
         )
         self.avoided: dict[int, set[int]] = {}
         self.staleness: list[int] = []

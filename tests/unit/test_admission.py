@@ -258,6 +258,49 @@ def test_a_pipelined_worker_has_as_many_tickets_as_it_asked_for() -> None:
     assert history.admission.bases == []
 
 
+def test_a_second_ticket_leaves_the_bounds_room_to_who_has_none() -> None:
+    History(total=100, dial="bounded:1", workers=2).play("""
+        ask a b  -> a gets 0, b gets 8
+        ask a    -> nothing
+        hold b   -> 8 held
+        begin    -> 8 begun
+        end      -> 8 applied
+        ask b    -> b gets 9
+    """)
+
+
+def test_a_second_ticket_leaves_a_staging_slot_to_who_has_none() -> None:
+    History(total=100, slots=3, workers=2).play("""
+        ask a b  -> a gets 0, b gets 8
+        ask a    -> a gets 1
+        hold b   -> 8 held
+        begin    -> 8 begun
+        end      -> 8 applied
+        ask a    -> nothing
+        ask b    -> b gets 9
+    """)
+
+
+def test_nobody_gets_a_second_ticket_before_all_have_a_first() -> None:
+    History(total=100).play("""
+        ask a      -> a gets 0
+        pause      -> nothing
+        ask a b    -> nothing
+        resume     -> b gets 8, a gets 1
+    """)
+
+
+def test_a_second_ticket_does_not_take_what_another_has_in_reserve() -> None:
+    History(total=10).play("""
+        ask a      -> a gets 0
+        ask b      -> b gets 8
+        ask b      -> b gets 9
+        ask b      -> nothing
+        push b     -> 8 applied
+        push b     -> 9 applied, b gets 7 from a
+    """)
+
+
 def test_asking_again_while_waiting_makes_no_second_ticket() -> None:
     History(total=100, slots=1).play("""
         ask a    -> a gets 0

@@ -116,7 +116,9 @@ class Runs(RuleBasedStateMachine):
         self.refusers: dict[int, set[int]] = {}
         self.issued_count = 0
         self.ledger = Ledger(self.total, per_epoch, self.before)
-        self.admission = Admission(self.ledger, self.slots, self.avoided_by, self.dial)
+        self.admission = Admission(
+            self.ledger, self.slots, self.avoided_by, self.dial, lambda: len(self.workers)
+        )
         for _ in range(workers):
             self.join(DEADLINE_S)
 
@@ -420,12 +422,24 @@ class Runs(RuleBasedStateMachine):
         bases = [ticket.base for ticket in self.under_way_but_applying()]
         return self.fits(self.clock(), [*bases, self.version])
 
+    def may_begin_second(self) -> bool:
+        """Whether that leaves room for a first one for each who has none."""
+        idle = len(self.workers) - len({t.worker for t in self.tickets_out()})
+        bases = [ticket.base for ticket in self.under_way_but_applying()]
+        return (
+            self.dial.group is None
+            and len(self.under_way()) + 1 + idle <= self.slots
+            and self.fits(self.clock(), [*bases, *[self.version] * (1 + idle)])
+        )
+
     def possible(self, worker: int) -> set[int]:
         """The batches that the worker could be given, and that nobody computes."""
         if self.dial.group is not None:
             begun = {ticket.position for ticket in self.under_way()}
             return set(self.group()) - begun - self.avoided_by(worker)
         free = {n for n in self.pending() if n < self.end_of_open_epochs()}
+        if self.tickets_out(worker):
+            return (free - self.avoided_by(worker)) | self.reserve[worker]
         reserved = (mine for who, mine in self.reserve.items() if who != worker)
         return (free.union(*reserved) - self.avoided_by(worker)) | self.reserve[worker]
 
@@ -445,7 +459,8 @@ class Runs(RuleBasedStateMachine):
 
     def backup_time(self) -> float | None:
         """When the first of those who wait may get a second ticket of somebody's batch."""
-        slowest = [found for worker in self.waiting if (found := self.slowest(worker))]
+        have_none = [worker for worker in self.waiting if not self.tickets_out(worker)]
+        slowest = [found for worker in have_none if (found := self.slowest(worker))]
         if not slowest or not self.steps or not self.may_begin():
             return None
         median = sorted(self.steps)[len(self.steps) // 2]
@@ -459,9 +474,11 @@ class Runs(RuleBasedStateMachine):
         assert self.admission.too_stale(self.version) == late
         self.held = [ticket for ticket in self.held if ticket not in late]
         while grants := self.admission.grants(self.version, self.now):
-            asked = list(self.waiting)
+            asked = [worker for worker in self.waiting if not self.tickets_out(worker)]
+            first = [g.ticket.worker for g in grants if not self.tickets_out(g.ticket.worker)]
+            assert first == [g.ticket.worker for g in grants][: len(first)]
             if self.dial.group is None and not any(map(self.avoided_by, asked)):
-                assert [g.ticket.worker for g in grants] == asked[: len(grants)]
+                assert first == asked[: len(first)]
             for grant in grants:
                 self.granted(grant)
 
@@ -504,6 +521,7 @@ class Runs(RuleBasedStateMachine):
     def granted(self, grant: Grant) -> None:
         ticket, worker = grant.ticket, grant.ticket.worker
         assert self.may_begin()
+        assert not self.tickets_out(worker) or self.may_begin_second()
         self.issued_count += 1
         assert (ticket.number, ticket.base) == (self.issued_count, self.version)
         if any(ticket.position == other.position for other in self.tickets_out()):
@@ -694,6 +712,8 @@ class Runs(RuleBasedStateMachine):
         assert due is None or due > self.now
         if self.may_begin():
             for worker in self.waiting:
+                if self.tickets_out(worker) and not self.may_begin_second():
+                    continue
                 found = sorted(self.possible(worker))
                 assert not found, f"worker {worker} waits, and {found} could be computed"
 

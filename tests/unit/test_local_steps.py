@@ -400,6 +400,7 @@ def compute(life: Worker, link: Sent, *numbers: int) -> pb.Push:
     ids = [pb.BatchId(epoch=2, number=n) for n in numbers]
     message = pb.ServerMessage(ticket=pb.Ticket(batches=ids, base=7))
     life._handle(link, message, None)  # type: ignore[arg-type]
+    life._compute(link, life._waiting.popleft())  # type: ignore[arg-type]
     return link.messages[-1].push
 
 
