@@ -1,9 +1,10 @@
 """The part `capacity`: how many workers one server feeds, each with a gradient of 20 ms.
 
-A stand-in for workers whose accelerators are elsewhere: they only wait
-(bare_worker.py), so that they leave the cores to the server as far as they can.
-All are in two processes, one where there is one worker. Model and optimizer are
-those of mnist.
+A stand-in for workers whose accelerators are elsewhere, hence by gRPC: they only wait
+(bare_worker.py), so that they leave the cores to the server as far as they can. Some
+numbers of them also by shared memory, as if the accelerators were in the server's
+machine. All are in two processes, one where there is one worker. Model and optimizer
+are those of mnist.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import time
 
 import psutil
 
+from benchmarks.bare_worker import TRANSPORTS
 from benchmarks.crew import together
 from benchmarks.figures import Figures
 from benchmarks.serving import ENDLESS, MNIST, training
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128)
+BY_EACH_TRANSPORT = (32, 128)
 COMPUTE_S = 0.02
 WINDOW_S = 2.5
+WORKERS_PER_S = 20
+"""The window is longer for many: with two pushes each, slowest / mean says little."""
 PROCESSES = 2
 
 
@@ -26,12 +31,18 @@ def measure(figures: Figures) -> None:
     with training(MNIST, 0, *ENDLESS) as (client, child):
         server = psutil.Process(child.process.pid)
         for workers in WORKERS:
-            one(figures, client.address, server, workers)
+            figures.add(ideal(workers), "updates/s", workers / COMPUTE_S)
+            one(figures, client.address, server, workers, "grpc")
+            if workers in BY_EACH_TRANSPORT and "shm" in TRANSPORTS:
+                one(figures, client.address, server, workers, "shm")
 
 
-def one(figures: Figures, address: str, server: psutil.Process, workers: int) -> None:
+def one(
+    figures: Figures, address: str, server: psutil.Process, workers: int, transport: str
+) -> None:
     words = [address, "--task", "mnist", "--compute-s", str(COMPUTE_S)]
-    words += ["--seconds", str(WINDOW_S), "--warm-up", "10"]
+    words += ["--transport", transport]
+    words += ["--seconds", str(max(WINDOW_S, workers / WORKERS_PER_S)), "--warm-up", "10"]
     crews = [workers // PROCESSES + (n < workers % PROCESSES) for n in range(PROCESSES)]
     commands = [["benchmarks.bare_worker", *words, f"--workers={n}"] for n in crews if n]
     before = [0.0, 0.0]
@@ -44,11 +55,10 @@ def one(figures: Figures, address: str, server: psutil.Process, workers: int) ->
     pushes = [count for each in found for count in each["pushes"]]
     stale = [(int(s), n) for each in found for s, n in each["staleness"].items()]
     seconds = max(each["seconds"] for each in found)
-    name = f"20 ms workers, {workers:3}"
-    limit = ideal(workers)
-    figures.add(limit, "updates/s", workers / COMPUTE_S)
-    figures.add(updates(workers), "updates/s", sum(pushes) / seconds, limit)
-    figures.add(server_cpu(workers), "% core", 100 * cpu)
+    name = named(workers, transport)
+    rate = sum(pushes) / seconds
+    figures.add(updates(workers, transport), "updates/s", rate, ideal(workers))
+    figures.add(server_cpu(workers, transport), "% core", 100 * cpu)
     figures.add(f"{name}: workers' CPU", "% core", sum(100 * each["cpu_share"] for each in found))
     mean = sum(s * n for s, n in stale) / max(1, sum(n for _, n in stale))
     figures.add(f"{name}: mean staleness", "updates", mean)
@@ -60,13 +70,18 @@ def busy_s(process: psutil.Process) -> float:
     return times.user + times.system
 
 
+def named(workers: int, transport: str) -> str:
+    """By gRPC, where none is named."""
+    return f"20 ms workers, {workers:3}" + ("" if transport == "grpc" else f", {transport}")
+
+
 def ideal(workers: int) -> str:
-    return f"20 ms workers, {workers:3}: if all else were free"
+    return f"{named(workers, 'grpc')}: if all else were free"
 
 
-def updates(workers: int) -> str:
-    return f"20 ms workers, {workers:3}: updates"
+def updates(workers: int, transport: str = "grpc") -> str:
+    return f"{named(workers, transport)}: updates"
 
 
-def server_cpu(workers: int) -> str:
-    return f"20 ms workers, {workers:3}: server's CPU"
+def server_cpu(workers: int, transport: str = "grpc") -> str:
+    return f"{named(workers, transport)}: server's CPU"

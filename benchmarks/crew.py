@@ -1,7 +1,8 @@
 """Helpers in processes of their own that begin to count at the same moment.
 
 Each prints "ready" when it is warm, begins at the line it then reads, and ends
-with one line of JSON.
+with one line of JSON. Before that it may print "joined" and read a line likewise:
+then nobody warms up before all have joined.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ def together(
     """Run `python -m` each of `commands`; what they print. `begin` is called as they begin."""
     with contextlib.ExitStack() as stack:
         crew = [stack.enter_context(_started(command)) for command in commands]
-        for process in crew:
-            _expect(process, "ready")
+        while _expect_of_all(crew) != "ready":
+            _let_go_on(crew)
         begin()
-        for process in crew:
-            assert process.stdin is not None
-            process.stdin.write("begin\n")
-            process.stdin.flush()
+        _let_go_on(crew)
         return [json.loads(_expect(process, "")) for process in crew]
 
 
@@ -37,7 +35,16 @@ def alone(*command: str) -> dict[str, Any]:
 
 def wait_for_begin() -> None:
     """In a helper: say that it is ready, and wait for the others."""
-    print("ready", flush=True)
+    _meet("ready")
+
+
+def wait_for_joined() -> None:
+    """In a helper: say that it has joined, and wait for the others."""
+    _meet("joined")
+
+
+def _meet(word: str) -> None:
+    print(word, flush=True)
     sys.stdin.readline()
 
 
@@ -54,6 +61,21 @@ def _started(command: Sequence[str]) -> Any:
     finally:
         process.kill()
         process.communicate()
+
+
+def _expect_of_all(crew: Sequence[subprocess.Popen[str]]) -> str:
+    """The word that each says next."""
+    word = ""
+    for process in crew:
+        word = _expect(process, word).strip()
+    return word
+
+
+def _let_go_on(crew: Sequence[subprocess.Popen[str]]) -> None:
+    for process in crew:
+        assert process.stdin is not None
+        process.stdin.write("go on\n")
+        process.stdin.flush()
 
 
 def _expect(process: subprocess.Popen[str], word: str) -> str:

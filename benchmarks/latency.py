@@ -1,7 +1,8 @@
 """The part `latency`: one small round trip, and how long the event loop is away.
 
-The worker is down to its protocol (bare_worker.py). What a status takes while a
-large model is pushed is the loop's lag as anyone outside can see it.
+The worker is down to its protocol (bare_worker.py), and speaks by each transport. What
+a status takes while a large model is pushed, by gRPC, is the loop's lag as anyone
+outside can see it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from benchmarks.bare_worker import TRANSPORTS
 from benchmarks.crew import together
 from benchmarks.figures import Figures
 from benchmarks.limits import ECHO_SMALL
@@ -26,23 +28,26 @@ def measure(figures: Figures) -> None:
     with training(LARGE, 0, *ENDLESS, task_options=options) as (client, _):
         words = [client.address, "--task", "large", *(f"--option={option}" for option in options)]
         words += ["--warm-up", "50", "--seconds", str(WINDOW_S)]
-        (found,) = together([["benchmarks.bare_worker", *words]])
-        times = found["round_trips_s"]
-        figures.add("10 k, sgd, one bare worker, p50", "ms", quantile(times, 50), ECHO_SMALL)
-        figures.add("10 k, sgd, one bare worker, p99", "ms", quantile(times, 99), ECHO_SMALL)
+        for transport in TRANSPORTS:
+            (found,) = together([["benchmarks.bare_worker", *words, f"--transport={transport}"]])
+            times = found["round_trips_s"]
+            name = f"10 k, sgd, one bare worker, {transport}"
+            figures.add(f"{name}, p50", "ms", quantile(times, 50), ECHO_SMALL)
+            figures.add(f"{name}, p99", "ms", quantile(times, 99), ECHO_SMALL)
         times = ask(client, UNLOADED_COUNT)
         figures.add("GetStatus of an idle server, p50", "ms", quantile(times, 50))
         figures.add("GetStatus of an idle server, p99", "ms", quantile(times, 99))
     options = ["parameters=10000000", "optimizer=sgd"]
     with training(LARGE, 0, *ENDLESS, task_options=options) as (client, _):
         words = [client.address, "--task", "large", *(f"--option={option}" for option in options)]
+        words += ["--transport", "grpc", "--seconds", "0.1"]
         asked: list[float] = []
 
         def begin() -> None:
             asked.extend(ask(client, UNLOADED_COUNT))
 
         # Warm, and already pushing, when it is said to begin.
-        together([["benchmarks.bare_worker", *words, "--seconds", "0.1"]], begin)
+        together([["benchmarks.bare_worker", *words]], begin)
         figures.add("GetStatus while 40 MB are pushed, p50", "ms", quantile(asked, 50))
         figures.add("GetStatus while 40 MB are pushed, p99", "ms", quantile(asked, 99))
 
