@@ -160,6 +160,11 @@ class Admission:
     def tickets_of(self, worker: WorkerId) -> list[Ticket]:
         return [o.ticket for o in self._out.values() if o.ticket.worker == worker]
 
+    def under_way_of(self, worker: WorkerId) -> int:
+        """Gradients of the worker's that are awaited, held or being applied."""
+        applying = (ticket for update in self._applying for ticket in update)
+        return sum(t.worker == worker for t in (*self._under_way(), *applying))
+
     def backup_time(self) -> float | None:
         """When the first of those who wait may get somebody else's batch; None: not for now."""
         if self.paused or self._applying or not self._has_slot():

@@ -103,7 +103,7 @@ class Tickets:
             member.ready
             and member.id in run.roster.members
             and member.id not in run.refusals.quarantined
-            and len(run.admission.tickets_of(member.id)) < self._depth(member)
+            and self._has_room(member)
         )
         if may:
             run.admission.request(
@@ -114,8 +114,16 @@ class Tickets:
             member.times.asked(run.clock())
         return may
 
+    def _has_room(self, member: Member) -> bool:
+        admission = self._run.admission
+        # Those that were pushed count too: a worker that is faster than the server would have
+        # ever more of them waiting, and older.
+        return not admission.tickets_of(member.id) or (
+            admission.under_way_of(member.id) < self._depth(member)
+        )
+
     def _depth(self, member: Member) -> int:
-        """Tickets that the worker may have at once: with two, it computes while it exchanges."""
+        """Gradients that may be under way: with two, the worker computes while it exchanges."""
         run, dial = self._run, self._run.settings.dial
         if not member.hello.pipelines or not run.config.pipelines or dial.group is not None:
             return 1

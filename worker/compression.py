@@ -6,6 +6,7 @@ each block; topk with error feedback is Stich et al. 2018, "Sparsified SGD with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from headwater.protos.compression import BLOCK, Compression, int8_parts, real_co
 from headwater.protos.layout import Bytes, Layout, TensorSpec
 
 Leaves = Sequence[Any]
+
+SAMPLE = 8192
+"""Numbers of a tensor from which it is guessed how large its largest ones are."""
 
 
 class Pack:
@@ -177,7 +181,8 @@ def _restored(numbers: jax.Array, tensor: TensorSpec) -> jax.Array:
 def _to_int8(x: jax.Array, word: jax.Array) -> list[jax.Array]:
     """Bytes, of the whole blocks and of the rest, and scales; byte · scale is on average x."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    chances = _uniform(x.size, word)
+    # Barriers, because XLA on a CPU computes what it fused more slowly than one after the other.
+    chances = jax.lax.optimization_barrier(_uniform(x.size, word))
     found = [_rounded(*blocks) for blocks in zip(_blocks(wide), _blocks(chances), strict=True)]
     rounded, scales = zip(*found, strict=True)
     rest = -x.size % BLOCK
@@ -189,7 +194,7 @@ def _to_int8(x: jax.Array, word: jax.Array) -> list[jax.Array]:
 
 
 def _rounded(blocks: jax.Array, chances: jax.Array) -> tuple[jax.Array, jax.Array]:
-    scales = (_largest_in_each(blocks) / 127).astype(jnp.float32)
+    scales = jax.lax.optimization_barrier((_largest_in_each(blocks) / 127).astype(jnp.float32))
     steps = jnp.where(scales == 0, 1, scales).astype(blocks.dtype)[:, None]
     rounded = jnp.clip(jnp.floor(blocks / steps + chances), -127, 127)
     return rounded.astype(jnp.int8).reshape(-1), scales
@@ -199,9 +204,11 @@ def _largest_in_each(blocks: jax.Array) -> jax.Array:
     """The largest magnitude of each row. The bits of a float have its order, and NaN is above."""
     whole, top = {4: (jnp.int32, 1 << 31), 8: (jnp.int64, 1 << 63)}[blocks.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(blocks, whole) & whole(top - 1)
-    # In two steps, because XLA on a CPU takes the columns of the first at once.
-    columns = jnp.max(bits.reshape(-1, BLOCK // 16, 16), axis=1)
-    return jax.lax.bitcast_convert_type(jnp.max(columns, axis=1), blocks.dtype)
+    # By halves, because XLA on a CPU compares many columns at once, but one row's numbers singly.
+    while bits.shape[1] > 8:
+        half = bits.shape[1] // 2
+        bits = jnp.maximum(bits[:, :half], bits[:, half:])
+    return jax.lax.bitcast_convert_type(jnp.max(bits, axis=1), blocks.dtype)
 
 
 def _blocks(x: jax.Array) -> Iterator[jax.Array]:
@@ -245,9 +252,20 @@ def _largest(x: jax.Array, count: int) -> Any:
     """Places of the `count` numbers with the largest magnitudes, uint32; NaN is the largest."""
     if jax.default_backend() == "cpu":
         # XLA's own takes several times as long on a CPU.
-        sizes = np.abs(np.asarray(x))
-        return np.argpartition(sizes, len(sizes) - count)[len(sizes) - count :].astype(np.uint32)
+        return _largest_of(np.abs(np.asarray(x)), count).astype(np.uint32)
     return jax.lax.top_k(jnp.abs(x), count)[1].astype(jnp.uint32)
+
+
+def _largest_of(sizes: np.ndarray, count: int) -> np.ndarray:
+    """`_largest` of magnitudes: first those that are as large as a sample has few of."""
+    sample = sizes[:: max(1, len(sizes) // SAMPLE)]
+    rank = min(len(sample), 2 * math.ceil(count * len(sample) / len(sizes)) + 8)
+    least = np.partition(sample, len(sample) - rank)[len(sample) - rank]
+    candidates = np.flatnonzero(~(sizes < least))  # so that NaN is one
+    if len(candidates) < count:  # the sample was not like the rest
+        candidates = np.arange(len(sizes))
+    first = len(candidates) - count
+    return candidates[np.argpartition(sizes[candidates], first)[first:]]
 
 
 def _pick(

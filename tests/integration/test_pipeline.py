@@ -69,6 +69,20 @@ def test_the_second_ticket_is_at_the_same_weights_and_the_third_at_fresh_ones(st
     assert worker.outcome().staleness == 1
 
 
+def test_no_more_than_two_are_under_way_however_fast_the_worker_is(start) -> None:
+    run = start(pipeline="on")
+    worker = run.joined()
+    tickets = [worker.ticket(), worker.ticket()]
+    for _ in range(4):
+        for ticket in tickets:  # both, before it is heard what became of the first
+            push(worker, ticket)
+        outcomes = [worker.outcome() for _ in tickets]
+        assert max(outcome.staleness for outcome in outcomes) <= 1
+        tickets = [worker.ticket(), worker.ticket()]
+    run.client.status()
+    assert len(tickets_of(worker)) == 10
+
+
 def test_all_batches_count_once_with_second_tickets(start) -> None:
     run = start(pipeline="on")
     ann, bob = run.joined(), run.joined()
