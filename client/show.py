@@ -159,6 +159,10 @@ def _consistency(status: Status) -> str:
     if status.get("local_steps", 1) > 1:
         inner = status["inner_optimizer"] or "the task's optimizer"
         words.append(f"{status['local_steps']} local steps of {inner}")
+    if status.get("compression", "none") not in ("", "none"):
+        words.append(f"gradients as {status['compression']}")
+    if status.get("pull_dtype", "own") not in ("", "own"):
+        words.append(f"weights as {status['pull_dtype']}")
     return ", ".join(words)
 
 

@@ -131,10 +131,12 @@ def run(short_run: Path, tmp_path: Path) -> Path:
         ({"consistency": "sync:4"}, 14),
         ({"local_steps": 3, "inner_optimizer": "adam(linear_schedule(0.1, 0.01, 40))"}, 18),
         pytest.param({"local_steps": 3, "consistency": "sync:2"}, 10, marks=pytest.mark.slow),
+        ({"compress": "int8", "pull_dtype": "bfloat16"}, 50),
+        pytest.param({"compress": "int8", "consistency": "sync:2"}, 26, marks=pytest.mark.slow),
     ],
     ids=[
         *("async", "compensate", "scale", "drop", "bounded", "sync"),
-        *("local-steps", "local-steps-in-sync"),
+        *("local-steps", "local-steps-in-sync", "compressed", "compressed-in-sync"),
     ],
 )
 def test_a_run_is_computed_again_to_the_same_bits(
@@ -209,6 +211,14 @@ def test_batches_that_were_left_out_are_left_out_again(tmp_path: Path) -> None:
     assert report.difference is None
     assert 0 < report.version < 25
     assert report.compared_with == f"snapshot-{report.version:020}.safetensors"
+
+
+def test_what_error_feedback_left_out_was_not_recorded_and_cannot_be_replayed(
+    tmp_path: Path,
+) -> None:
+    train(tmp_path / "run", epochs=1, compress="topk:0.1")
+    with pytest.raises(HeadwaterError, match=r"from version 0 on .* --compress topk:0.1, which"):
+        replayed(tmp_path / "run")
 
 
 def test_a_replay_can_stop_at_any_version(short_run: Path) -> None:

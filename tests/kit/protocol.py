@@ -23,6 +23,7 @@ import numpy as np
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.assembly import Weights
+from headwater.protos.compression import Compression, pulls
 from headwater.protos.errors import REASON_KEY
 from headwater.protos.layout import Layout
 from headwater.protos.line import Line
@@ -93,6 +94,8 @@ class BareWorker:
         self.hello.instance = instance or secrets.randbits(63) + 1
         self.hello.name = name or hello.name
         self.layout = Layout.from_proto(hello.layout)
+        self.pushed = self.pulled = self.layout
+        """Of what is sent for a gradient, and for weights: the welcome says how."""
         self.weights = Weights(self.layout)
         """Put together from what the server sent, and checked on the way."""
         self.leased: dict[Key, list[int]] = {}
@@ -226,11 +229,11 @@ class BareWorker:
         """
         written = pieces is None and ticket.gradient_slot in self.slots
         if written:
-            whole = bytes(self.layout.total_bytes) if gradient is None else bytes(gradient)
+            whole = bytes(self.pushed.total_bytes) if gradient is None else bytes(gradient)
             self.slots[ticket.gradient_slot][:] = np.frombuffer(whole, np.uint8)
             pieces, overrides = [(0, b"")], {"slot": ticket.gradient_slot, **overrides}
         if pieces is None:
-            whole = bytes(self.layout.total_bytes) if gradient is None else bytes(gradient)
+            whole = bytes(self.pushed.total_bytes) if gradient is None else bytes(gradient)
             pieces = slices(whole) or [(0, b"")]
         fields = {
             "token": ticket.token,
@@ -362,13 +365,13 @@ class BareWorker:
                 for number, descriptor in zip(message.new_slots, received.descriptors, strict=True):
                     self.descriptors[number] = os.dup(descriptor)
                     writable = number == message.ticket.gradient_slot
-                    size = self.layout.total_bytes
+                    size = (self.pushed if writable else self.pulled).total_bytes
                     self.slots[number] = attach(descriptor, size, writable=writable)
                 _hand_on(message, body, self._incoming, self.pulses)
 
     def _take_in(self, event: Event, body: memoryview | None) -> None:
         if event.kind == "weights" and event.value.slot:
-            views = self.layout.views(self.slots[event.value.slot])
+            views = self.pulled.views(self.slots[event.value.slot])
             self.weights.use(event.value.version, list(views.values()))
         elif event.kind == "weights":
             self.weights.add(event.value, body)
@@ -378,6 +381,10 @@ class BareWorker:
             for batch_id in event.value.withdrawn:
                 self.leased.pop((batch_id.epoch, batch_id.number), None)
         else:
+            if event.kind == "welcome":
+                self.pushed = Compression.parse(event.value.compression).packed(self.layout)
+                self.pulled = pulls(event.value.pull_dtype).packed(self.layout)
+                self.weights = Weights(self.pulled)
             self._unread[event.kind].append(event.value)
 
     def _expect(self, kind: str, timeout_s: float = TIMEOUT_S) -> Any:

@@ -257,6 +257,11 @@ def test_the_consistency_is_told_where_it_is_not_the_default() -> None:
         told(optimizer_numbers={"learning_rate": 3e-4}) == "sgd(0.7), learning_rate=0.0003, async"
     )
     assert told(local_steps=8, inner_optimizer="adam(1)").endswith("8 local steps of adam(1)")
+    assert told(compression="none", pull_dtype="own") == "sgd(0.7), async"
+    assert (
+        told(compression="topk:0.01", pull_dtype="bfloat16")
+        == "sgd(0.7), async, gradients as topk:0.01, weights as bfloat16"
+    )
 
 
 def test_where_the_encoding_has_no_blocks_the_charts_are_ascii() -> None:

@@ -1,0 +1,185 @@
+"""--compress and --pull-dtype: fewer bytes, the same promises."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from headwater import ArrayData, Client, Server, Task
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import Reason, Refused
+from kit import counting, nets
+from kit.processes import BY_GRPC, run, server, worker
+from kit.protocol import BareWorker, hello_of
+from kit.waiting import wait_for
+
+COUNTING = Path(counting.__file__)
+NUMBERS = 100_000
+
+
+def finished(client: Client) -> dict[str, Any]:
+    wait_for(lambda: client.status()["state"] == "finished", "the end of the run", 60)
+    return client.status()
+
+
+@pytest.mark.parametrize("way", [(), BY_GRPC], ids=["shm", "grpc"])
+@pytest.mark.parametrize(
+    "options", [("--compress", "bfloat16"), ("--pull-dtype", "bfloat16")], ids=["push", "pull"]
+)
+def test_every_batch_counts_once(tmp_path: Path, way: tuple[str, ...], options: Any) -> None:
+    """Its gradients, and its weights, are small whole numbers, which bfloat16 holds exactly."""
+    words = ("--task-option", "examples=512", "--task-option", "epochs=2")
+    with contextlib.ExitStack() as stack:
+        _, address = stack.enter_context(server(COUNTING, *options, *words, cwd=tmp_path))
+        for _ in range(2):
+            stack.enter_context(worker(COUNTING, address, *way, *words, cwd=tmp_path))
+        client = stack.enter_context(Client(address))
+        status = finished(client)
+        assert client.pull()["count"].tolist() == [2] * 512
+        assert [status["compression"], status["pull_dtype"]] == [
+            dict([options]).get("--compress", "none"), dict([options]).get("--pull-dtype", "own"),
+        ]  # fmt: skip
+
+
+def bytes_an_update(tmp_path: Path, **options: Any) -> tuple[float, float]:
+    """In and out, of a bare worker that pushes zeros by gRPC."""
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return params["w"].sum()
+
+    task = Task(
+        init=lambda key: {"w": jnp.zeros(NUMBERS)}, loss=loss, data=ArrayData(x=np.arange(64)),
+        optimizer="sgd(1.0)", batch_size=1, epochs=1,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", **options))
+        client = stack.enter_context(Client(served.address))
+        found = stack.enter_context(BareWorker(served.address, hello_of(task)))
+        found.join()
+        ticket = found.ticket()
+        before = client.status()
+        for _ in range(10):
+            found.push(ticket)
+            ticket = found.ticket()
+        after = client.status()
+    sent, taken = (after[name] - before[name] for name in ("bytes_in", "bytes_out"))
+    return sent / 10, taken / 10
+
+
+@pytest.mark.parametrize(
+    ("options", "sent", "taken"),
+    [
+        ({"compress": "none"}, 1.0, 1.0),
+        ({"compress": "bfloat16"}, 1 / 2, 1.0),
+        ({"compress": "int8"}, 1 / 4, 1.0),
+        ({"compress": "topk:0.01"}, 1 / 50, 1.0),
+        ({"pull_dtype": "bfloat16"}, 1.0, 1 / 2),
+        ({"compress": "int8", "pull_dtype": "bfloat16"}, 1 / 4, 1 / 2),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else None,
+)
+def test_so_many_bytes_are_sent(tmp_path: Path, options: Any, sent: float, taken: float) -> None:
+    found = bytes_an_update(tmp_path, **options)
+    assert found == pytest.approx((4 * NUMBERS * sent, 4 * NUMBERS * taken), rel=0.03)
+
+
+def test_in_sync_the_same_weights_come_of_one_worker_and_of_two(tmp_path: Path) -> None:
+    task = Path(nets.__file__)
+    words = ("--task-option", "epochs=1", "--task-option", "batch_size=256")
+    made = []
+    for workers in (1, 2):
+        folder = tmp_path / f"with-{workers}"
+        options = ("--consistency", "sync:2", "--compress", "int8", "--pull-dtype", "bfloat16")
+        done = run(
+            "run", "--task", task, "--workers", str(workers), "--run-dir", folder, *options, *words,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert done.status == 0, done.errors
+        weights = load_file(folder / "weights.safetensors")
+        made.append({name: array.tobytes() for name, array in weights.items()})
+    assert made[0] == made[1]
+
+
+def test_error_feedback_does_not_go_with_sync(tmp_path: Path) -> None:
+    task = counting.task(64, 1, 4)
+    with (
+        Server(task, run_dir=tmp_path / "run", compress="topk:0.1") as served,
+        Client(served.address) as client,
+    ):
+        with pytest.raises(Refused, match=r"sync:2 does not go with --compress topk:0.1") as no:
+            client.set({"consistency": "sync:2"})
+        assert no.value.reason is Reason.BAD_SETTING
+    done = run("server", "--task", COUNTING, "--compress", "topk:0.1", "--consistency", "sync:2",
+               cwd=tmp_path)  # fmt: skip
+    assert done.status == 2
+    assert "--compress topk:0.1" in done.errors
+    assert "use bfloat16 or int8" in done.errors
+
+
+@pytest.mark.parametrize("command", ["server", "run"])
+def test_what_is_no_compression_is_refused_before_anything_is_begun(
+    tmp_path: Path, command: str
+) -> None:
+    words = ("--workers", "1") if command == "run" else ()
+    done = run(command, "--task", COUNTING, *words, "--compress", "int4", cwd=tmp_path)
+    assert done.status == 2
+    assert "--compress 'int4': it is none, bfloat16, int8, or topk:RATIO" in done.errors
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("on_line", [False, True], ids=["grpc", "shm"])
+def test_a_place_that_there_is_not_is_refused_and_nothing_changes(
+    tmp_path: Path, on_line: bool
+) -> None:
+    task = counting.task(64, 1, 4)
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", compress="topk:0.1"))
+        client = stack.enter_context(Client(served.address))
+        bare = stack.enter_context(BareWorker(served.address, hello_of(task), on_line=on_line))
+        bare.join()
+        buffer = bare.pushed.empty()
+        bare.pushed.views(buffer)["places count"][:] = 64
+        bare.push(bare.ticket(), buffer.tobytes())
+        outcome = bare.outcome()
+        assert outcome.code == pb.OUTCOME_REJECTED
+        assert "count" in outcome.message
+        assert not client.pull()["count"].any()
+        bare.pushed.views(buffer)["places count"][:] = range(7)
+        bare.pushed.views(buffer)["values count"][:] = -1
+        bare.push(bare.ticket(), buffer.tobytes())
+        assert bare.outcome().code == pb.OUTCOME_APPLIED
+        assert client.pull()["count"].tolist() == [1] * 7 + [0] * 57
+
+
+def test_a_gradient_that_is_not_packed_is_too_long(tmp_path: Path) -> None:
+    task = counting.task(64, 1, 4)
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", compress="int8"))
+        bare = stack.enter_context(BareWorker(served.address, hello_of(task)))
+        bare.join()
+        bare.push(bare.ticket(), bytes(bare.layout.total_bytes))
+        outcome = bare.outcome()
+        assert outcome.code == pb.OUTCOME_REJECTED
+        assert outcome.rejected_for == pb.REJECTED_FOR_MALFORMED
+
+
+def test_it_goes_on_to_hold_until_another_is_given(tmp_path: Path) -> None:
+    task = counting.task(64, 1, 4)
+    for given, holds in (
+        ({"compress": "int8", "pull_dtype": "bfloat16"}, ("int8", "bfloat16")),
+        ({}, ("int8", "bfloat16")),
+        ({"compress": "none", "pull_dtype": "own"}, ("none", "own")),
+        ({}, ("none", "own")),
+    ):
+        with (
+            Server(task, run_dir=tmp_path / "run", **given) as served,
+            Client(served.address) as client,
+        ):
+            status = client.status()
+            assert (status["compression"], status["pull_dtype"]) == holds
