@@ -62,7 +62,7 @@ class SharedLine:
         return True
 
     async def share(self, weights: Published) -> Slot | None:
-        """The slot for weights to be sent; None if there is no memory for them."""
+        """The slot for weights to be sent, by `send`; None if there is no memory for them."""
         try:
             return await self._versions.share(weights)
         except OSError as error:
@@ -74,9 +74,9 @@ class SharedLine:
         used = []
         if weights is not None and slot is not None:
             if weights.version in self._reads:
+                self._versions.release(slot)
                 slot = self._reads[weights.version].slot
             else:
-                slot.readers += 1
                 self._reads[weights.version] = _Read(slot)
             used.append(slot)
             size = self._coordinator.run.pulled.total_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -32,11 +33,22 @@ class Slot:
         """Of this process's life."""
         self.memory = SharedMemory(layout.total_bytes, read_only=read_only)
         self.readers = 0
-        """Who were sent the version that it holds, and have not let go of it."""
+        """Who were promised or sent the version that it holds, and have not let go of it."""
+        self.may_be_read = False
+        """A reader vanished, who may read it for ever."""
 
     @property
     def array(self) -> Bytes:
         return self.memory.array
+
+
+@dataclasses.dataclass
+class _Coming:
+    """A version that is being copied."""
+
+    task: asyncio.Task[Slot]
+    waiting: int = 0
+    """Who will be its readers."""
 
 
 class VersionSlots:
@@ -53,28 +65,31 @@ class VersionSlots:
         self._at_once = layout.total_bytes <= PART_BYTES
         self._newest: tuple[int, Slot] | None = None
         self._free: list[Slot] = []
-        self._coming: dict[int, asyncio.Task[Slot]] = {}
+        self._coming: dict[int, _Coming] = {}
         self.alive: set[int] = set()
         """Numbers of all slots."""
         self.dropped = 0
         """How many are not alive any more."""
 
     def ready(self, published: Published) -> Slot | None:
-        """The version's slot, if it takes no waiting.
+        """The version's slot, if it takes no waiting; until it is let go of it stays as it is.
 
         Raises:
           OSError: There is not so much memory.
         """
         if self._newest is not None and self._newest[0] == published.version:
-            return self._newest[1]
-        if not self._at_once:
+            slot = self._newest[1]
+        elif self._at_once:
+            slot = self._take()
+            self._fill(slot, published)
+            self._publish(published.version, slot)
+        else:
             return None
-        slot = self._take()
-        self._fill(slot, published)
-        return self._publish(published.version, slot)
+        slot.readers += 1
+        return slot
 
     async def share(self, published: Published) -> Slot:
-        """The version's slot, filled in a thread where that takes long.
+        """The version's slot, as `ready`, filled in a thread where that takes long.
 
         Raises:
           OSError: There is not so much memory.
@@ -82,13 +97,18 @@ class VersionSlots:
         slot = self.ready(published)
         if slot is not None:
             return slot
-        task = self._coming.get(published.version)
-        if task is None:
-            task = asyncio.create_task(self._share(published))
-            self._coming[published.version] = task
-            task.add_done_callback(lambda _: self._coming.pop(published.version))
-        # Who waits for it wakes up before anybody who got it can be heard to release it.
-        return await asyncio.shield(task)
+        coming = self._coming.get(published.version)
+        if coming is None:
+            coming = _Coming(asyncio.create_task(self._share(published)))
+            self._coming[published.version] = coming
+        coming.waiting += 1
+        try:
+            return await asyncio.shield(coming.task)
+        except asyncio.CancelledError:
+            coming.waiting -= 1
+            if coming.task.done() and not coming.task.cancelled() and not coming.task.exception():
+                self.release(coming.task.result())
+            raise
 
     def release(self, slot: Slot) -> None:
         """A reader has let go of it."""
@@ -97,19 +117,25 @@ class VersionSlots:
 
     def drop(self, slot: Slot) -> None:
         """A reader vanished, who may still read it: it is never written again."""
-        slot.readers -= 1
+        slot.may_be_read = True
         if self._newest is not None and self._newest[1] is slot:
             self._newest = None
-        self._forget(slot)
+        self.release(slot)
 
     async def _share(self, published: Published) -> Slot:
-        slot = self._take()
+        slot = None
         try:
+            slot = self._take()
             await asyncio.to_thread(self._fill, slot, published)
         except BaseException:
-            self._forget(slot)
+            del self._coming[published.version]
+            if slot is not None:
+                self._forget(slot)
             raise
-        return self._publish(published.version, slot)
+        # Counted now: before they wake up, a newer version may have taken this one's place.
+        slot.readers += self._coming.pop(published.version).waiting
+        self._publish(published.version, slot)
+        return slot
 
     def _take(self) -> Slot:
         if self._free:
@@ -122,22 +148,22 @@ class VersionSlots:
         leaves = (leaf.reshape(-1).view(np.uint8) for leaf in self._packed.arrays(published))
         copy([(slot.array[place], leaf) for place, leaf in zip(self._places, leaves, strict=True)])
 
-    def _publish(self, version: int, slot: Slot) -> Slot:
+    def _publish(self, version: int, slot: Slot) -> None:
         if self._newest is not None and self._newest[0] > version:
-            return slot  # whoever asked for it will read it, and nobody else
+            self._free_if_unread(slot)  # whoever asked for it will read it, and nobody else
+            return
         old, self._newest = self._newest, (version, slot)
         if old is not None:
             self._free_if_unread(old[1])
-        return slot
 
     def _free_if_unread(self, slot: Slot) -> None:
         is_newest = self._newest is not None and self._newest[1] is slot
         if slot.readers or is_newest or slot.number not in self.alive:
             return
-        if len(self._free) < SPARE:
-            self._free.append(slot)
-        else:
+        if slot.may_be_read or len(self._free) >= SPARE:
             self._forget(slot)
+        else:
+            self._free.append(slot)
 
     def _forget(self, slot: Slot) -> None:
         if slot.number in self.alive:

@@ -1,4 +1,4 @@
-"""Chooses where JAX computes, before JAX is first imported."""
+"""Chooses where JAX computes, before it first does."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def use_platform(platform: str | None) -> None:
         os.environ["JAX_PLATFORMS"] = _BACKENDS[platform]
     import jax
 
+    if platform is not None:
+        # Something else may have imported JAX before, and that is when it read the environment.
+        jax.config.update("jax_platforms", _BACKENDS[platform])
     try:
         found, why = jax.default_backend(), ""
     except RuntimeError as error:

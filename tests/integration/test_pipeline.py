@@ -201,10 +201,15 @@ def test_real_workers_count_exactly(tmp_path: Path, way: tuple[str, ...], consis
             server(TASK, "--pipeline", "on", "--consistency", consistency, *options,
                    cwd=tmp_path)
         )  # fmt: skip
-        for _ in range(2):
+        crew = [
             stack.enter_context(worker(TASK, address, *way, *options, cwd=tmp_path))
+            for _ in range(2)
+        ]
         client = stack.enter_context(Client(address))
-        wait_for(lambda: client.status()["state"] == "finished", "the end of the run")
+        wait_for(
+            lambda: client.status()["state"] == "finished", "the end of the run", 60,
+            lambda: (client.status(), [each.errors for each in crew]),
+        )  # fmt: skip
         status = client.status()
         assert client.pull()["count"].tolist() == [2] * 1024
         assert sum(status["rejected"].values()) == 0
