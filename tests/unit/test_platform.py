@@ -25,5 +25,6 @@ def test_cpu_is_chosen_where_jax_would_take_something_else(
 ) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "")  # JAX's own choice, which is a GPU where there is one
     code = CODE.format(before=before)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     assert done.stdout.split() == ["cpu"] * 3
