@@ -153,6 +153,9 @@ class Worker:
         self._hello.attempt += 1
         self._weights.restart()
         self._waiting.clear()
+        if self._unanswered:
+            # The last push may have been applied: what it took of the residual must not go twice.
+            self._forms.forget()
         self._unanswered = 0
         if self._loader:
             self._loader.clear()

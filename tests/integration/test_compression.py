@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from safetensors.numpy import load_file
 from headwater import ArrayData, Client, Server, Task
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
+from headwater.worker.link import Patience
+from headwater.worker.load import LoadedTask
+from headwater.worker.loop import Worker
 from kit import counting, nets
 from kit.processes import BY_GRPC, run, server, worker
 from kit.protocol import BareWorker, hello_of
+from kit.proxy import Proxy
 from kit.waiting import wait_for
 
 COUNTING = Path(counting.__file__)
@@ -120,6 +125,46 @@ def test_error_feedback_does_not_go_with_sync(tmp_path: Path) -> None:
     assert done.status == 2
     assert "--compress topk:0.1" in done.errors
     assert "use bfloat16 or int8" in done.errors
+
+
+def test_a_push_whose_outcome_was_never_heard_is_not_pushed_again(tmp_path: Path) -> None:
+    """Of [10, 9, 1] one number is sent: 10, then 9 twice over, and that is applied unheard."""
+    go_on = threading.Event()
+
+    class Data(ArrayData):
+        def batch(self, indices: Any, rng: Any) -> Any:
+            if 1 in indices:
+                assert go_on.wait(30)
+            return super().batch(indices, rng)
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return -(params["w"] * jnp.array([10.0, 9.0, 1.0])).sum()
+
+    task = Task(
+        init=lambda key: {"w": jnp.zeros(3)}, loss=loss, data=Data(x=np.arange(3)),
+        optimizer="sgd(1.0)", batch_size=1, epochs=1, shuffle=False,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", compress="topk:0.3"))
+        client = stack.enter_context(Client(served.address))
+        proxy = stack.enter_context(Proxy(served.address))
+        loaded = LoadedTask(task, "task", {}, "")
+        one = Worker(loaded, proxy.address, Patience(proxy.address, 60), transport="grpc")
+        thread = threading.Thread(target=one.run, name="worker")
+        thread.start()
+        wait_for(lambda: client.status()["version"] == 1, "the first push is applied")
+        wait_for(lambda: client.status()["workers"][0]["state"] == "loading", "the second ticket")
+        client.pause()
+        go_on.set()
+        wait_for(lambda: client.status()["batches_admitted"] == 1, "the second push is held")
+        with proxy.closed():
+            client.resume()
+            wait_for(lambda: client.status()["version"] == 2, "it is applied unheard")
+        assert client.pull()["w"].tolist() == [10, 18, 0]
+        thread.join(60)
+        assert finished(client)["version"] == 3
+        # What it had left out by then is dropped: 9 is not sent for a third time.
+        assert client.pull()["w"].tolist() == [20, 18, 0]
 
 
 @pytest.mark.parametrize("command", ["server", "run"])
