@@ -59,7 +59,7 @@ class Compression:
         )
 
     def __str__(self) -> str:
-        return f"topk:{self.ratio:g}" if self.kind == "topk" else self.kind
+        return f"topk:{self.ratio!r}" if self.kind == "topk" else self.kind
 
     @property
     def keeps_residual(self) -> bool:

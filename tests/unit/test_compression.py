@@ -198,6 +198,13 @@ def test_its_text_reads_as_itself(text: str) -> None:
     assert str(Compression.parse(text)) == text
 
 
+@pytest.mark.parametrize("ratio", ["0.12345649", "0.9999999", "1e-7"])
+def test_its_text_has_every_digit_of_the_ratio(ratio: str) -> None:
+    """It is what the welcome says: a worker has to send as many numbers as the server takes."""
+    given = Compression.parse(f"topk:{ratio}")
+    assert Compression.parse(str(given)) == given
+
+
 def test_weights_are_pulled_as_they_are_or_as_bfloat16() -> None:
     assert pulls(None) == pulls("own") == Compression()
     assert pulls("bfloat16") == Compression("bfloat16")
