@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -179,6 +180,50 @@ def test_what_is_no_compression_is_refused_before_anything_is_begun(
 
 
 @pytest.mark.parametrize("on_line", [False, True], ids=["grpc", "shm"])
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "topk:0.3"])
+def test_a_gradient_can_be_written_by_hand(tmp_path: Path, form: str, on_line: bool) -> None:
+    """With what docs/protocol.md says and nothing else."""
+    rounded = ml_dtypes.bfloat16
+    reals, scales = np.arange(700, dtype=np.float32), np.array([0.5, 2], np.float32)
+    few = np.arange(-256, 256).astype(np.int8)  # a whole block, and a rest of 188
+    arrays, expected = {
+        "bfloat16": (
+            [np.array([0.5, -3], rounded), reals.astype(rounded)],
+            (0.5 - 3j, reals.astype(rounded).astype(np.float32)),
+        ),
+        "int8": (
+            [np.array([3, -4], np.int8), scales[:1], few, few[:188], scales],
+            (1.5 - 2j, np.concatenate([few * scales[0], few[:188] * scales[1]])),
+        ),
+        "topk:0.3": (  # one of two reals would not be smaller; 210 of 700 are
+            [np.array([7 + 8j], np.complex64), np.arange(490, 700, dtype=np.uint32), reals[:210]],
+            (7 + 8j, np.concatenate([np.zeros(490, np.float32), reals[:210]])),
+        ),
+    }[form]  # fmt: skip
+
+    def loss(params: Any, batch: Any, key: Any) -> Any:
+        return params["b"].sum()
+
+    task = Task(
+        init=lambda key: {"a": jnp.zeros(1, jnp.complex64), "b": jnp.zeros((7, 100))}, loss=loss,
+        data=ArrayData(x=np.arange(4)), optimizer="sgd(1.0)", batch_size=1, epochs=1,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", compress=form))
+        client = stack.enter_context(Client(served.address))
+        bare = stack.enter_context(BareWorker(served.address, hello_of(task), on_line=on_line))
+        bare.join()
+        body = b""
+        for array in arrays:
+            body += bytes(-len(body) % 64) + array.tobytes()
+        bare.push(bare.ticket(), body)
+        assert bare.outcome().code == pb.OUTCOME_APPLIED
+        weights = client.pull()
+    assert weights["a"].tolist() == [-expected[0]]
+    assert (weights["b"].reshape(-1) == -expected[1]).all()
+
+
+@pytest.mark.parametrize("on_line", [False, True], ids=["grpc", "shm"])
 def test_a_place_that_there_is_not_is_refused_and_nothing_changes(
     tmp_path: Path, on_line: bool
 ) -> None:
@@ -202,16 +247,34 @@ def test_a_place_that_there_is_not_is_refused_and_nothing_changes(
         assert client.pull()["count"].tolist() == [1] * 7 + [0] * 57
 
 
-def test_a_gradient_that_is_not_packed_is_too_long(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "topk:0.1"])
+def test_too_many_or_too_few_bytes_are_refused_and_nothing_changes(
+    tmp_path: Path, form: str
+) -> None:
     task = counting.task(64, 1, 4)
     with contextlib.ExitStack() as stack:
-        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", compress="int8"))
+        served = stack.enter_context(Server(task, run_dir=tmp_path / "run", compress=form))
+        client = stack.enter_context(Client(served.address))
         bare = stack.enter_context(BareWorker(served.address, hello_of(task)))
         bare.join()
-        bare.push(bare.ticket(), bytes(bare.layout.total_bytes))
-        outcome = bare.outcome()
-        assert outcome.code == pb.OUTCOME_REJECTED
-        assert outcome.rejected_for == pb.REJECTED_FOR_MALFORMED
+
+        def refused(message: str) -> None:
+            outcome = bare.outcome()
+            assert outcome.code == pb.OUTCOME_REJECTED
+            assert outcome.rejected_for == pb.REJECTED_FOR_MALFORMED
+            assert message in outcome.message
+
+        size = bare.pushed.total_bytes
+        ones = bytes([1]) * bare.layout.total_bytes  # as it would be if it were not packed
+        bare.push(bare.ticket(), ones)
+        refused(f"a part ends at byte {len(ones)}; the gradient has {size} bytes")
+        ticket = bare.ticket()
+        bare.push(ticket, ones[: size - 1])
+        bare.push(ticket)
+        refused("a new push began while 1 bytes of the last were missing")
+        status = client.status()
+        assert (status["version"], status["rejected"]["malformed"]) == (0, 2)
+        assert not client.pull()["count"].any()
 
 
 def test_it_goes_on_to_hold_until_another_is_given(tmp_path: Path) -> None:
