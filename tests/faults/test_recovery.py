@@ -16,6 +16,7 @@ from kit import counting, noisy
 from kit.disk import power_loss, set_faults
 from kit.lives import TASK, Lives, Witness, steady_workers
 from kit.processes import worker
+from kit.protocol import BareWorker, hello_of
 from kit.waiting import wait_for
 
 SMALL = {"examples": 1024, "epochs": 4, "batch_size": 4}
@@ -63,6 +64,36 @@ def test_a_run_whose_server_was_killed_ends_with_the_same_bits(tmp_path):
     assert never.facts.tensors == once.facts.tensors  # checksums and all
     for name, array in never.arrays.items():
         assert array.tobytes() == once.arrays[name].tobytes()
+
+
+def test_at_log_what_was_acknowledged_of_packed_gradients_outlives_the_server(tmp_path):
+    task = counting.task(600, 1, 4)
+    options = counting.options(examples=600, epochs=1, batch_size=4)
+    with Lives(tmp_path, options, [*LOG, "--compress", "int8"]) as lives:
+        lives.start()
+        hello = hello_of(task, "counting")
+        hello.task.options.update(examples="600", epochs="1", batch_size="4")
+        random = np.random.default_rng(0)
+        with BareWorker(lives.address, hello) as bare:
+            bare.join()
+            for version in range(1, 51):  # a snapshot and ten records
+                buffer = bare.pushed.empty()
+                for array in bare.pushed.views(buffer).values():
+                    if array.dtype == np.int8:
+                        array[:] = random.integers(-127, 128, array.size)
+                    else:
+                        array[:] = random.random(array.size)
+                bare.push(bare.ticket(), buffer)
+                assert bare.outcome().version == version
+            with Client(lives.address) as client:
+                acknowledged = client.pull()["count"]
+            lives.kill()
+        lives.start()
+        with Client(lives.address) as client:
+            weights = client.pull()
+            assert client.status()["compression"] == "int8"
+        assert weights.version == 50
+        assert weights["count"].tobytes() == acknowledged.tobytes()
 
 
 # --------------------------------------------------------------- who outlived it
