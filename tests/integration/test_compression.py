@@ -161,8 +161,22 @@ def test_error_feedback_does_not_go_with_sync(tmp_path: Path) -> None:
     done = run("server", "--task", COUNTING, "--compress", "topk:0.1", "--consistency", "sync:2",
                cwd=tmp_path)  # fmt: skip
     assert done.status == 2
-    assert "--compress topk:0.1" in done.errors
+    assert "--compress topk:0.1: what it leaves out" in done.errors
     assert "use bfloat16 or int8" in done.errors
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_that_was_set_to_sync_is_not_continued_with_error_feedback(tmp_path: Path) -> None:
+    words = ("--task", COUNTING, "--listen", "127.0.0.1:0", "--run-dir", "run")
+    with (
+        server(COUNTING, "--run-dir", "run", cwd=tmp_path) as (_, address),
+        Client(address) as client,
+    ):
+        client.set({"consistency": "sync:2"})
+    done = run("server", *words, "--compress", "topk:0.1", cwd=tmp_path)
+    assert done.status == 2, done.errors
+    assert "consistency sync:2 does not go with --compress topk:0.1" in done.errors
+    assert "Traceback" not in done.errors
 
 
 def test_a_push_whose_outcome_was_never_heard_is_not_pushed_again(tmp_path: Path) -> None:
