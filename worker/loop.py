@@ -47,7 +47,7 @@ SAY_S = 10.0
 _LEVELS = {pb.OUTCOME_DUPLICATE: logging.DEBUG, pb.OUTCOME_STALE: logging.INFO}
 
 
-class _Task(NamedTuple):
+class _Work(NamedTuple):
     """A ticket, and what is needed for it."""
 
     ticket: pb.Ticket
@@ -105,7 +105,7 @@ class Worker:
         self._gradient: AbstractGradientFunction | None = None
         self._loader: Loader | None = None
         self._link: Link | None = None
-        self._waiting: deque[_Task] = deque()
+        self._waiting: deque[_Work] = deque()
         self._unanswered = 0
         self._phase = pb.PHASE_WAITING
         self._steps = 0
@@ -311,9 +311,9 @@ class Worker:
                 f"the server's ticket has {len(ticket.batches)} batches, its welcome said "
                 f"local_steps={self._local_steps}; are server and worker of one version?"
             )
-        self._waiting.append(_Task(ticket, self._weights.leaves, incarnation, time.perf_counter()))
+        self._waiting.append(_Work(ticket, self._weights.leaves, incarnation, time.perf_counter()))
 
-    def _compute(self, link: Link, task: _Task) -> None:
+    def _compute(self, link: Link, task: _Work) -> None:
         """One ticket: load, compute, push."""
         assert self._loader is not None
         assert self._gradient is not None
