@@ -161,7 +161,11 @@ class Line:
 
     def has_more(self) -> bool:
         """Whether there is something to receive now."""
-        return bool(self._ready) or bool(select.select([self._socket], [], [], 0)[0])
+        if self._ready:
+            return True
+        waiting = select.poll()  # select() takes no descriptor over 1,023
+        waiting.register(self._socket, select.POLLIN)
+        return bool(waiting.poll(0))
 
     def put_back(self, received: Received) -> None:
         """Have the next `receive` return it."""
