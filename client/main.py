@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 
+from headwater.client import memory
+
 PROCESSES = {
     "server": ("headwater.server.main", "Keep the weights of one run and apply gradients to them."),
     "worker": ("headwater.worker.main", "Compute gradients for a server until the run is over."),
@@ -18,6 +20,9 @@ PROCESSES = {
     "replay": ("headwater.server.replay", "Compute a run again from its history, bit for bit."),
 }
 """Commands that need JAX: each is the `main` of a module, and what it is for."""
+
+TRAINING = ("server", "worker")
+"""Those that handle tensors without end."""
 
 
 def command_line(command: str, arguments: list[str]) -> list[str]:
@@ -39,6 +44,8 @@ def main() -> None:
     """The `headwater` command."""
     _open_standard_streams()
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
+        if sys.argv[1] in TRAINING:
+            memory.tune()
         hand_over(sys.argv[1], sys.argv[2:])
         return
     try:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from headwater.client.main import command_line
+from headwater.client.memory import tuning
 from headwater.protos.command import LIFELINE_ENV, READY_ENV
 from headwater.protos.rpc import join_address
 
@@ -53,7 +54,8 @@ class Child:
         self._lock = threading.Lock()
         lifeline, self._lifeline = os.pipe()
         passed = [lifeline]
-        env = {**os.environ, **environment, LIFELINE_ENV: str(lifeline)}
+        given = {**os.environ, **environment}
+        env = {**given, **tuning(given), LIFELINE_ENV: str(lifeline)}
         self._ready_pipe: int | None = None
         if tells_ready:
             self._ready_pipe, write_end = os.pipe()

@@ -16,7 +16,6 @@ import typer
 
 from headwater.protos import command
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos.allocation import keep_freed_memory
 from headwater.protos.errors import RunFailed
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.server import failpoints
@@ -198,7 +197,6 @@ def server(
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
     if (consistency or _recorded_consistency(run_dir)).startswith("sync"):
         compute.fix(os.environ)
-    keep_freed_memory()
     use_platform(platform)
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     from headwater.server.prepare import PortTaken, prepare

@@ -253,16 +253,11 @@ class Store:
             loss,
             *_extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
         ]
-        params, state, found = compiled(*arguments)
+        params, state, is_finite = compiled(*arguments)
         # XLA may read the gradient where it lies: it is ours until this is ready.
         jax.block_until_ready((params, state))
-        takes_gradient, keeps_weights = np.asarray(found)
-        if not takes_gradient:
-            self._check(step.leaves, loss)
-            raise NotFinite("it was written while it was used, and was not finite then")
-        if not keeps_weights:
-            bad = self._not_finite(self._tree.leaves(params))
-            raise Diverged(f"{bad} would not be finite any more; lower the learning rate")
+        if not is_finite:
+            raise self._reason(step.leaves, loss, lambda own: compiled(own, *arguments[1:]))
         applied = before.applied
         for position in step.positions:
             applied = applied.add(position)
@@ -309,6 +304,21 @@ class Store:
             self._steps[key] = compiled
         return compiled, live, scale
 
+    def _reason(
+        self, gradient: Leaves, loss: np.ndarray, update: Callable[[PyTree], Any]
+    ) -> NotFinite | Diverged:
+        """Why an update made weights that are not finite: by its gradient, or by itself."""
+        own = [np.array(leaf) for leaf in gradient]  # which nobody writes any more
+        try:
+            self._check(own, loss)
+        except NotFinite as error:
+            return error
+        params, _, is_finite = update(self._tree.restore(own))
+        if is_finite:
+            return NotFinite("it was written while it was used, and was not finite then")
+        bad = self._not_finite(self._tree.leaves(params))
+        return Diverged(f"{bad} would not be finite any more; lower the learning rate")
+
     def _check(self, leaves: Leaves, loss: np.ndarray) -> None:
         if self._is_finite(tuple(leaves), loss):
             return
@@ -347,16 +357,26 @@ def _loss_array(loss: float) -> np.ndarray:
 
 
 def _checked(optimizer: AbstractOptimizer) -> Callable[..., tuple[PyTree, PyTree, jax.Array]]:
-    """The update, and whether its gradient and loss are finite, and the weights after it."""
+    """The update, and whether its loss is finite, its gradient, and the weights after it.
+
+    The weights are made NaN where the gradient is not finite, whatever the optimizer would
+    have made of it, so that they alone need be looked at: reading a large gradient twice
+    took longer than the update.
+    """
 
     def apply(
         grads: PyTree, state: PyTree, params: PyTree, loss: jax.Array, *extras: Any
     ) -> tuple[PyTree, PyTree, jax.Array]:
         params, state = optimizer.apply(grads, state, params, loss, *extras)
-        given, made = [loss, *jax.tree.leaves(grads)], jax.tree.leaves(params)
-        return params, state, jnp.stack([_all_finite(given), _all_finite(made)])
+        params = jax.tree.map(_finite_as, params, grads)
+        return params, state, _all_finite([loss, *jax.tree.leaves(params)])
 
     return apply
+
+
+def _finite_as(weight: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The weights, NaN where the gradient is not finite."""
+    return jnp.where(jnp.isfinite(_wide(gradient)), weight, jnp.asarray(jnp.nan, weight.dtype))
 
 
 def _is_finite(leaves: tuple[jax.Array, ...], loss: jax.Array) -> jax.Array:

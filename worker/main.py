@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwater.protos import command
-from headwater.protos.allocation import keep_freed_memory
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.worker import compute
 from headwater.worker.link import Patience, consistency_of
@@ -44,7 +43,6 @@ def worker(
     # Before JAX starts its threads.
     if "NPROC" not in os.environ and consistency_of(server, patience).startswith("sync"):
         compute.fix(os.environ)
-    keep_freed_memory()
     use_platform(platform)
     from headwater.worker.load import load_task
     from headwater.worker.loop import Worker
