@@ -4,7 +4,7 @@
                                      [--transport shm|grpc] [--compute-s S] [--warm-up N]
                                      [--seconds S]
 
-Each takes tickets, waits `compute-s` in place of a gradient, and pushes zeros: into
+Each takes tickets, waits `compute-s` in place of a gradient, and pushes tiny numbers: into
 shared memory, as real workers on the server's machine do, or by gRPC, as those
 elsewhere do. One asyncio loop, no JAX; weights are dropped. Nobody pushes before the
 whole crew (crew.py) has joined: a server that is kept busy lets others in late. Begins
@@ -186,7 +186,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         mine = pb.Hello()
         mine.CopyFrom(said)
         mine.instance = secrets.randbits(63) + 1
-        gradient = np.zeros(size, np.uint8)
+        gradient = np.ones(size, np.uint8)  # zeros would be one page, and in the cache
         words = arguments.address, mine, arguments.transport, arguments.compute_s
         workers.append(BareWorker(*words, gradient, may_push))
     async with asyncio.TaskGroup() as group:

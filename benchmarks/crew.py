@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from headwater.client.memory import tuning
 
 
 def together(
@@ -55,6 +58,7 @@ def _started(command: Sequence[str]) -> Any:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env={**os.environ, **tuning(os.environ)},  # as a worker
     )
     try:
         yield process

@@ -6,6 +6,7 @@ limits      memcpy, plain sockets, gRPC with nothing of ours around it
 updates     the mnist task with 1, 2 and 4 workers, beside the plain single-process loop
 transfer    push + pull of models of 10 k to 10 M parameters; 1 and 2 workers, SGD and Adam
 huge        the same of 100 M parameters, 1 worker, SGD
+wire        10 M parameters by gRPC: with second tickets, and with fewer bytes
 latency     a small round trip, and what a status takes while a large model is pushed
 reads       a model of 40 MB pulled by 1, 2, 4, 8 readers
 capacity    1 to 128 workers that only wait 20 ms for a gradient
@@ -42,6 +43,7 @@ from benchmarks import (
     start,
     transfer,
     updates,
+    wire,
 )
 from benchmarks.figures import Figures
 
@@ -50,6 +52,7 @@ PARTS: dict[str, Callable[[Figures], None]] = {
     "updates": updates.measure,
     "transfer": transfer.measure,
     "huge": transfer.measure_huge,
+    "wire": wire.measure,
     "latency": latency.measure,
     "reads": reads.measure,
     "capacity": capacity.measure,
