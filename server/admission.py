@@ -167,7 +167,7 @@ class Admission:
 
     def backup_time(self) -> float | None:
         """When the first of those who wait may get somebody else's batch; None: not for now."""
-        if self.paused or self._applying or not self._has_slot():
+        if self.dial.group is None or self.paused or self._applying or not self._has_slot():
             return None
         have_none = [worker for worker in self._waiting if not self.tickets_of(worker)]
         found = [oldest for worker in have_none if (oldest := self._oldest(worker))]
@@ -366,7 +366,7 @@ class Admission:
         """Whether a gradient may be begun at the published version."""
         if self.dial.group is not None:
             return not self._applying  # all of a group are at one version
-        return self._ok(self._clock(version), (*self.bases, version))
+        return self.dial.bound is None or self._ok(self._clock(version), (*self.bases, version))
 
     def _has_room_for_second(self, version: int) -> bool:
         """Whether all who have no ticket could still be given one beside it."""
@@ -464,7 +464,9 @@ class Admission:
     def _grant(self, worker: WorkerId, version: int, now: float) -> Grant | None:
         if self.dial.group is not None:
             return self._grant_in_group(worker, version, now)
-        leased = self._top_up(worker, self._waiting[worker].reserve)
+        # A larger share would be taken from this worker before it came to it.
+        share = self.ledger.open_count // max(1, self._workers())
+        leased = self._top_up(worker, max(1, min(self._waiting[worker].reserve, share)))
         position = self.ledger.take(worker)
         holder = None
         if position is None:

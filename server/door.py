@@ -26,6 +26,9 @@ log = logging.getLogger("headwater.server")
 KEY_TIMEOUT_S = 5.0
 """For who came in to say its key."""
 
+ACCEPT_AGAIN_S = 1.0
+"""After nobody could be let in: no descriptors were left, say."""
+
 
 class ServerLine:
     """The server's end of one worker's socket. Lives on the event loop; nothing of it blocks.
@@ -152,6 +155,7 @@ class Door:
         self.name = f"headwater-{secrets.token_hex(8)}"
         self._expected: dict[bytes, Callable[[ServerLine], None]] = {}
         self._loop = asyncio.get_running_loop()
+        self._resume: asyncio.TimerHandle | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
         self._socket.bind(b"\0" + self.name.encode())
@@ -169,15 +173,32 @@ class Door:
         self._expected.pop(offer.key, None)
 
     def close(self) -> None:
+        if self._resume is not None:
+            self._resume.cancel()
         self._loop.remove_reader(self._socket)
         self._socket.close()
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._socket.accept()
-        except OSError as error:
-            log.warning("a worker on this machine could not be let in: %s", error)
-            return
+        """Let in all who wait: a busy loop comes by seldom."""
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning("a worker on this machine could not be let in: %s", error)
+                self._pause()
+                return
+            self._let_in(connection)
+
+    def _pause(self) -> None:
+        """Who waits stays ready to be read: asked at once, the same would fail without end."""
+        self._loop.remove_reader(self._socket)
+        self._resume = self._loop.call_later(
+            ACCEPT_AGAIN_S, self._loop.add_reader, self._socket, self._accept
+        )
+
+    def _let_in(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         if not is_own_peer(connection):
             connection.close()

@@ -95,6 +95,15 @@ class Ledger:
         """The lowest epoch that is not complete; the number of epochs when all are."""
         return self.applied.low_water // self._per_epoch
 
+    @property
+    def open_count(self) -> int:
+        """Batches of the open epochs that have not been applied."""
+        return self._open_end - len(self.applied)
+
+    @property
+    def _open_end(self) -> int:
+        return min(self.total, (self.epoch + self._open_epochs) * self._per_epoch)
+
     def leased_to(self, worker: WorkerId) -> list[int]:
         return sorted(self._leased.get(worker, ()))
 
@@ -187,7 +196,7 @@ class Ledger:
 
     def _pending(self) -> Iterator[int]:
         """The pending batches in rising order; what is drawn is no longer pending."""
-        end = min(self.total, (self.epoch + self._open_epochs) * self._per_epoch)
+        end = self._open_end
         while True:
             while self._fresh in self.applied:
                 self._fresh += 1

@@ -60,6 +60,11 @@ class Refusals:
         for worker in self._by_batch.pop(batch, {}):
             self._streak.pop(worker, None)
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether no batch was refused that has not been computed since."""
+        return not self._by_batch
+
     def avoided_by(self, worker: int, connected: Collection[int]) -> set[int]:
         """Batches that the worker refused and that another worker has yet to try."""
         able = {w for w in connected if w not in self.quarantined}

@@ -136,4 +136,6 @@ class Run:
         return {m.id for m in members if not m.hung and m.id not in self.refusals.quarantined}
 
     def _avoided_by(self, worker: int) -> set[int]:
+        if self.refusals.is_clear:
+            return set()  # nearly always, and asked for every ticket
         return self.refusals.avoided_by(worker, self.able())

@@ -58,6 +58,19 @@ def test_a_worker_gets_as_large_a_reserve_as_it_asks_for(
     assert grant.leased == leased
 
 
+def test_a_reserve_is_no_larger_than_the_workers_share_of_what_is_open() -> None:
+    """Or those who come last would have to be given what the first have in reserve."""
+    workers = range(10)
+    admission = Admission(Ledger(100, 10), slots=10, workers=lambda: len(workers))
+    for worker in workers:
+        admission.request(worker, DEADLINE_S)
+
+    grants = admission.grants(version=0, now=0.0)
+
+    assert [len(grant.leased) for grant in grants] == [2] * 10  # two epochs are open
+    assert [grant.withdrawn_from for grant in grants] == [None] * 10
+
+
 def test_a_grant_says_what_is_newly_reserved_with_its_ticket() -> None:
     admission = Admission(Ledger(100, 100), slots=2)
     admission.request(7, DEADLINE_S)

@@ -1,0 +1,68 @@
+"""Who comes to the server's door is let in, however busy the server, as soon as it can be."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+
+import pytest
+
+from headwater.protos.line import packed
+from headwater.protos.shared_memory import IS_AVAILABLE
+from headwater.server.door import ACCEPT_AGAIN_S, Door, ServerLine
+
+pytestmark = pytest.mark.skipif(not IS_AVAILABLE, reason="shared memory needs Linux")
+
+COUNT = 5
+
+
+def visit(door: Door, attached: list[ServerLine]) -> socket.socket:
+    """Come to the door, and say the key."""
+    offer = door.offer(attached.append)
+    visitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    visitor.connect(b"\0" + offer.socket.encode())
+    visitor.sendall(packed(offer.key, ()))
+    return visitor
+
+
+def test_all_who_wait_are_let_in_at_one_go() -> None:
+    async def come() -> int:
+        door, attached = Door(), list[ServerLine]()
+        visitors = [visit(door, attached) for _ in range(COUNT)]
+        for _ in range(3):  # turns of the loop: to accept, to read, and to spare
+            await asyncio.sleep(0)
+        count = len(attached)
+        for end in (*visitors, *attached, door):
+            end.close()
+        return count
+
+    assert asyncio.run(come()) == COUNT
+
+
+def test_without_descriptors_it_is_said_once_and_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def come() -> tuple[int, int]:
+        door, attached = Door(), list[ServerLine]()
+        visitor = visit(door, attached)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # of what is open, all stays
+        try:
+            await asyncio.sleep(ACCEPT_AGAIN_S / 2)
+            refused = len(attached)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        async with asyncio.timeout(20 * ACCEPT_AGAIN_S):
+            while not attached:
+                await asyncio.sleep(0.01)
+        for end in (visitor, *attached, door):
+            end.close()
+        return refused, len(attached)
+
+    with caplog.at_level(logging.WARNING):
+        assert asyncio.run(come()) == (0, 1)
+    assert len(caplog.records) == 1
+    assert "could not be let in: " in caplog.text
