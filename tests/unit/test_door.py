@@ -6,6 +6,7 @@ import asyncio
 import logging
 import resource
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -18,9 +19,9 @@ pytestmark = pytest.mark.skipif(not IS_AVAILABLE, reason="shared memory needs Li
 COUNT = 5
 
 
-def visit(door: Door, attached: list[ServerLine]) -> socket.socket:
+def visit(door: Door, attach: Callable[[ServerLine], None]) -> socket.socket:
     """Come to the door, and say the key."""
-    offer = door.offer(attached.append)
+    offer = door.offer(attach)
     visitor = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     visitor.connect(b"\0" + offer.socket.encode())
     visitor.sendall(packed(offer.key, ()))
@@ -30,7 +31,7 @@ def visit(door: Door, attached: list[ServerLine]) -> socket.socket:
 def test_all_who_wait_are_let_in_at_one_go() -> None:
     async def come() -> int:
         door, attached = Door(), list[ServerLine]()
-        visitors = [visit(door, attached) for _ in range(COUNT)]
+        visitors = [visit(door, attached.append) for _ in range(COUNT)]
         for _ in range(3):  # turns of the loop: to accept, to read, and to spare
             await asyncio.sleep(0)
         count = len(attached)
@@ -46,23 +47,21 @@ def test_without_descriptors_it_is_said_once_and_tried_again(
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def come() -> tuple[int, int]:
-        door, attached = Door(), list[ServerLine]()
-        visitor = visit(door, attached)
+    async def come() -> bool:
+        door = Door()
+        line: asyncio.Future[ServerLine] = asyncio.get_running_loop().create_future()
+        visitor = visit(door, line.set_result)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))  # of what is open, all stays
         try:
             await asyncio.sleep(ACCEPT_AGAIN_S / 2)
-            refused = len(attached)
+            was_let_in = line.done()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        async with asyncio.timeout(20 * ACCEPT_AGAIN_S):
-            while not attached:
-                await asyncio.sleep(0.01)
-        for end in (visitor, *attached, door):
+        for end in (visitor, await asyncio.wait_for(line, 20 * ACCEPT_AGAIN_S), door):
             end.close()
-        return refused, len(attached)
+        return was_let_in
 
     with caplog.at_level(logging.WARNING):
-        assert asyncio.run(come()) == (0, 1)
+        assert not asyncio.run(come())
     assert len(caplog.records) == 1
     assert "could not be let in: " in caplog.text
