@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 
 from headwater.server.prepare import Prepared
 from headwater.server.run_state import Run
@@ -35,12 +36,13 @@ class Saver:
         self._updates = updates
         self._prepared = prepared
         self._lock = asyncio.Lock()
-        self._saved: Published | None = None
+        # Not held: it would be its weights and its optimizer's state until the next is saved.
+        self._saved: weakref.ref[Published] | None = None
         self._saved_version = prepared.snapshot_version
         self._began_time = run.clock()
         self._failed_time: float | None = None
         if prepared.is_saved:
-            self._saved = run.current
+            self._saved = weakref.ref(run.current)
 
     async def save_when_due(self) -> None:
         """Runs for as long as the server trains."""
@@ -52,7 +54,7 @@ class Saver:
     async def save(self, published: Published) -> str | None:
         """Make a version durable; returns what was wrong, if anything."""
         async with self._lock:
-            if published is self._saved:
+            if self._is_saved(published):
                 return None
             self._began_time = self._run.clock()
             try:
@@ -69,7 +71,7 @@ class Saver:
                     log.error("%s; trying again", problem)
                 self._run.problems["snapshot"] = problem
                 return problem
-            self._saved, self._saved_version = published, published.version
+            self._saved, self._saved_version = weakref.ref(published), published.version
             self._failed_time = None
             if self._run.problems.pop("snapshot", None):
                 log.info("version %d was written; the disk is well again", published.version)
@@ -86,9 +88,12 @@ class Saver:
         versions = self._prepared.snapshots.versions()
         log.snapshot_written(versions[-2] if versions[1:] else versions[-1])
 
+    def _is_saved(self, published: Published) -> bool:
+        return self._saved is not None and self._saved() is published
+
     def _is_due(self) -> bool:
         run, now = self._run, self._run.clock()
-        if run.current is self._saved or run.log_broken:
+        if self._is_saved(run.current) or run.log_broken:
             return False
         if self._failed_time is not None:
             return now - self._failed_time >= RETRY_S
