@@ -27,7 +27,10 @@ def updates_per_second(epochs: int) -> float:
     task = mnist()
     data = task.dataset
     order = BatchOrder(
-        example_count=len(data), batch_size=task.batch_size, epochs=epochs, seed=task.seed
+        example_count=task.example_count(task.batch_size),
+        batch_size=task.batch_size,
+        epochs=epochs,
+        seed=task.seed,
     )
     optimizer, _ = transformation(task.optimizer, order.total)
     key = jax.random.key(task.seed)

@@ -13,6 +13,7 @@ from headwater.protos.compression import Compression, pulls
 from headwater.protos.errors import UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS, Transport, split_address
 from headwater.server.dial import Dial
+from headwater.server.early_stop import EarlyStop
 from headwater.server.staleness import StalenessPolicy
 
 NOT_IN_SYNC = (
@@ -102,6 +103,12 @@ class ServerConfig:
     """Whether a worker gets a second ticket, to compute while its last gradient travels; auto:
     where there are two or more, and it would wait for a network or for its accelerator's host."""
 
+    stop_when: str | None = None
+    """`accuracy>=0.97`: the first evaluation like this ends the run (see early_stop.py)."""
+
+    patience: str | None = None
+    """`accuracy:3`: so many evaluations without a better one end the run."""
+
     lease_s: float = 2.0
     """Seconds of a worker's work that are reserved for it, so that it loads their data ahead."""
 
@@ -130,6 +137,7 @@ class ServerConfig:
         if self.pushes.keeps_residual and Dial.parse(self.consistency or "async").group:
             raise UsageError(f"--compress {self.pushes}: {NOT_IN_SYNC}")
         self.pulls  # noqa: B018  (raises where it is none)
+        self.early_stop()
         for flag, value in (
             ("epochs", self.epochs),
             ("batch-size", self.batch_size),
@@ -154,6 +162,10 @@ class ServerConfig:
         ):
             if not seconds > 0:  # NaN is not
                 raise UsageError(f"--{flag} {seconds} must be more than 0 seconds")
+
+    def early_stop(self) -> EarlyStop:
+        """`stop_when` and `patience`, read; nothing evaluated yet."""
+        return EarlyStop(self.stop_when, self.patience)
 
     @functools.cached_property
     def pushes(self) -> Compression:

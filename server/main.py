@@ -124,6 +124,20 @@ def server(
             help="Before that, wait up to a minute for `headwater evaluate` to report.",
         ),
     ] = False,
+    stop_when: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC>=X",
+            help="End the run with the first evaluation like this, such as 'accuracy>=0.97'.",
+        ),
+    ] = None,
+    patience: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC:N",
+            help="End the run after N evaluations none of which was better than the best before.",
+        ),
+    ] = None,
     on_nonfinite: Annotated[
         Literal["end", "skip"],
         typer.Option(help="A batch that nobody can compute ends the run, or is left out."),
@@ -183,6 +197,8 @@ def server(
         optimizer=optimizer,
         seed=seed,
         exit_when_done=exit_when_done,
+        stop_when=stop_when,
+        patience=patience,
         await_evaluation=await_evaluation,
         on_nonfinite=on_nonfinite,
         durability=durability,

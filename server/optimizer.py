@@ -378,13 +378,13 @@ def _refuse(text: str, values: Mapping[str, float], own: Iterable[str]) -> Any:
     )
 
 
-def resolve(optimizer: Any, total_updates: int) -> AbstractOptimizer:
+def resolve(optimizer: Any, total_updates: int | None) -> AbstractOptimizer:
     """The optimizer that a task or --optimizer names.
 
     Args:
       optimizer: A SPEC, a GradientTransformation, a function of the number of
         updates that returns one, or an AbstractOptimizer.
-      total_updates: Of the whole run.
+      total_updates: Of the whole run; None if it has no end.
 
     Raises:
       OptimizerError: It is none of these.

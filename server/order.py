@@ -14,6 +14,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from headwater.worker.data import ENDLESS_BATCHES
 from headwater.worker.task import batches_per_epoch
 
 ORDER_VERSION = 1
@@ -62,6 +63,11 @@ class BatchOrder:
     def total(self) -> int:
         """Batches in the run."""
         return self.per_epoch * self.epochs
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether nobody is to wait for the end."""
+        return self.per_epoch >= ENDLESS_BATCHES
 
     def id(self, position: int) -> BatchId:
         epoch, number = divmod(position, self.per_epoch)

@@ -14,6 +14,7 @@ from headwater.server.order import BatchOrder
 from headwater.server.rounds import Rounds
 from headwater.server.settings import Settings
 from headwater.server.store import NotFinite, Store, initial
+from headwater.worker.data import Generated
 from headwater.worker.load import LoadedTask
 from headwater.worker.task import Task
 from headwater.worker.user_code import guard_user_code
@@ -31,12 +32,13 @@ def rounds_of(task: Task, config: ServerConfig) -> Rounds:
     Raises:
       TaskError: There are no examples, or an epoch would have no batch.
     """
+    batch_size = config.batch_size or task.batch_size
     order = BatchOrder(
-        example_count=len(task.dataset),
-        batch_size=config.batch_size or task.batch_size,
+        example_count=task.example_count(batch_size),
+        batch_size=batch_size,
         epochs=config.epochs or task.epochs,
         seed=task.seed if config.seed is None else config.seed,
-        shuffle=task.shuffle,
+        shuffle=task.shuffle and not isinstance(task.dataset, Generated),
         remainder=task.remainder,
     )
     return Rounds(order, config.local_steps or 1)

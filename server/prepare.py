@@ -252,7 +252,7 @@ def _begin(
 def _recover(
     loaded: LoadedTask,
     optimizer: AbstractOptimizer,
-    updates: int,
+    updates: int | None,
     rounds: Rounds,
     run: RunIdentity,
     run_dir: RunDir,

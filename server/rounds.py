@@ -38,8 +38,10 @@ class Rounds:
         """Rounds in the run."""
         return self.per_epoch * self.order.epochs
 
-    def updates(self, dial: Dial) -> int:
-        """Updates of the whole run, if the dial stays where it is."""
+    def updates(self, dial: Dial) -> int | None:
+        """Updates of the whole run, if the dial stays where it is; None if it has no end."""
+        if self.order.is_endless:
+            return None
         return math.ceil(self.per_epoch / (dial.group or 1)) * self.order.epochs
 
     def batches(self, position: int) -> range:

@@ -43,7 +43,7 @@ class RunRecord:
     order_version: int
     epochs: int
     local_steps: int
-    updates: int
+    updates: int | None
     """Of the whole run, as schedules count them."""
     optimizer: str
     asked: Mapping[str, Any]
@@ -57,7 +57,7 @@ class RunRecord:
         loaded: LoadedTask,
         layout: Layout,
         rounds: Rounds,
-        updates: int,
+        updates: int | None,
         optimizer: str,
         config: ServerConfig,
     ) -> RunRecord:

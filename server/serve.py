@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -88,6 +88,8 @@ class Serving:
         self._ways = Ways(Encoder(packed), readers, VersionSlots(packed), door)
         self._health = health.aio.HealthServicer()
         self._grace_ends = 0.0
+        self._early_stop = prepared.config.early_stop()
+        self._is_good_enough = asyncio.Event()
         self.run_state = Run(
             prepared.store,
             prepared.rounds,
@@ -157,10 +159,14 @@ class Serving:
                 self._shuffle_ahead(),
                 self._saver.save_when_due(),
             ):
-                stopped = asyncio.create_task(self._stopping.wait())
-                ends: list[asyncio.Future[Any]] = [stopped, self._done]
+                told = [
+                    asyncio.create_task(event.wait())
+                    for event in (self._stopping, self._is_good_enough)
+                ]
+                ends: list[asyncio.Future[Any]] = [*told, self._done]
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                stopped.cancel()
+                for task in told:
+                    task.cancel()
                 ended = await self._end()
         finally:
             await server.stop(CLOSE_TIMEOUT_S)
@@ -190,7 +196,9 @@ class Serving:
         if finished:
             failpoints.reach("end-applied")
         else:
-            await self._health.enter_graceful_shutdown()  # NOT_SERVING, to all who ask
+            finished = error is None and not self._stopping.is_set()  # by its evaluations
+            if not finished:
+                await self._health.enter_graceful_shutdown()  # NOT_SERVING, to all who ask
             if error is None:
                 await self._coordinator.drain(self._prepared.config.grace_s / 2)
             await self._coordinator.stop_training(apply_held=error is None)
@@ -348,6 +356,22 @@ class Serving:
                 "seconds": report.duration_s,
             },
         )
+        self._judge(report.version, metrics)
+
+    def _judge(self, version: int, metrics: Mapping[str, float]) -> None:
+        """End the run where the evaluation is as --stop-when or --patience has it."""
+        if self.run_state.is_done or self._is_good_enough.is_set():
+            return
+        for metric in self._early_stop.missing(metrics):
+            log.warning(
+                "the evaluation has no %r, which --stop-when or --patience goes by; it has %s",
+                metric,
+                ", ".join(sorted(metrics)),
+            )
+        if reason := self._early_stop.add(version, metrics):
+            log.info("the run is over: %s", reason)
+            self._log("early stop", {"version": version, "reason": reason})
+            self._is_good_enough.set()
 
     def _log_end(self, ended: Ended, first: int) -> None:
         seconds = self.run_state.figures.training_s

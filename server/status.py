@@ -28,7 +28,7 @@ def status(run: Run) -> pb.StatusReply:
         epoch=ledger.epoch,
         epochs=run.order.epochs,
         batches_applied=done - skipped,
-        batches_total=run.order.total,
+        batches_total=None if run.order.is_endless else run.order.total,
         loss=loss,
         metrics=dict(evaluation.metrics) if evaluation else {},
         metrics_version=evaluation.version if evaluation else None,

@@ -6,6 +6,7 @@ the data for them. So the data must be the same, in the same order, everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -62,6 +63,132 @@ class ArrayData:
     ) -> dict[str, np.ndarray]:
         """See `Indexed.batch`; `rng` is not used."""
         return {name: array[indices] for name, array in self.arrays.items()}
+
+
+class ItemData:
+    """Examples that are taken one by one, and collated. Made by `from_items`."""
+
+    def __init__(self, source: Any, collate: Callable[[Sequence[Any]], Batch]) -> None:
+        for method in ("__len__", "__getitem__"):
+            if not hasattr(source, method):
+                raise ValueError(
+                    f"from_items: {type(source).__name__} has no {method}; it takes what has a "
+                    "length and gives an item for a whole number, as a list does"
+                )
+        self.source = source
+        self._collate = collate
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batch(self, indices: npt.NDArray[np.int64], rng: np.random.Generator) -> Batch:
+        """See `Indexed.batch`; `rng` is not used."""
+        positions = indices.tolist()
+        if many := getattr(self.source, "__getitems__", None):
+            return self._collate(many(positions))  # as Hugging Face's and PyTorch's have it
+        return self._collate([self.source[position] for position in positions])
+
+
+def stack(items: Sequence[Any]) -> Batch:
+    """A batch from its items: dicts by key, tuples by place, all else as arrays, stacked.
+
+    Lists are arrays: `[1, 2, 3]` is one example of three numbers. PyTorch's tensors
+    and images of PIL become arrays as NumPy sees them.
+
+    Raises:
+      ValueError: The items are not alike, or something in them is no number.
+    """
+    return _stack(items, "the item")
+
+
+def _stack(items: Sequence[Any], what: str) -> Batch:
+    first = items[0]
+    if isinstance(first, Mapping):
+        if any(not isinstance(item, Mapping) or item.keys() != first.keys() for item in items):
+            raise ValueError(f"from_items: the keys of {what} differ from item to item")
+        return {key: _stack([item[key] for item in items], f"{what}'s {key!r}") for key in first}
+    if isinstance(first, tuple):
+        if any(not isinstance(item, tuple) or len(item) != len(first) for item in items):
+            raise ValueError(f"from_items: the tuples of {what} differ from item to item")
+        columns = [
+            _stack([item[place] for item in items], f"{what}'s place {place}")
+            for place in range(len(first))
+        ]
+        return type(first)(*columns) if hasattr(first, "_fields") else tuple(columns)
+    arrays = [np.asarray(item) for item in items]
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"from_items: {what} has shape {list(shapes[0])} in one item and {list(shapes[1])} in "
+            "another; pad or crop them to one shape, or give a `collate` that does"
+        )
+    if arrays[0].dtype.kind not in "biufcV":
+        raise ValueError(
+            f"from_items: {what} is {type(first).__name__}, not numbers; leave it out, or give a "
+            "`collate` that makes numbers of it"
+        )
+    return np.stack(arrays)
+
+
+def from_items(source: Any, collate: Callable[[Sequence[Any]], Batch] = stack) -> ItemData:
+    """Data from anything with a length that gives an item for a whole number.
+
+    Such as a list, a map-style dataset of PyTorch, Hugging Face or grain. Called in one
+    background thread.
+
+    Args:
+      source: Has `__len__` and `__getitem__`, or `__getitems__` for many at once.
+      collate: (items) -> batch: a pytree of arrays whose leading axis is the batch.
+
+    Raises:
+      ValueError: It has no such methods.
+    """
+    return ItemData(source, collate)
+
+
+ENDLESS_BATCHES = 2**31
+"""Of an epoch that has no end: more than anybody computes, and countable in 32 bits."""
+
+
+class Generated:
+    """Batches that are made, not read: for reinforcement learning and simulators.
+
+    `make(params, key)` gives a batch: a pytree of arrays, whatever their shapes. It is
+    traced by `jax.jit` into the function that computes the gradient, which does not flow
+    through it; a simulator in plain Python is called with `jax.pure_callback`. The key is
+    named by the run's seed, the epoch and the batch's number, so that a batch counts
+    exactly once as any other does.
+
+    Args:
+      make: (params, key) -> batch, from the weights that the gradient is computed at.
+      batches_per_epoch: How many make an epoch; None has one epoch go on until the run
+        is stopped.
+
+    Raises:
+      ValueError: `make` is no function, or the count is not a whole number from 1 on.
+    """
+
+    def __init__(
+        self, make: Callable[[Any, Any], Batch], batches_per_epoch: int | None = None
+    ) -> None:
+        if not callable(make):
+            raise ValueError(f"Generated takes a function (params, key) -> batch, not {make!r}")
+        count = ENDLESS_BATCHES if batches_per_epoch is None else batches_per_epoch
+        if type(count) is not int or not 1 <= count <= ENDLESS_BATCHES:
+            raise ValueError(
+                f"Generated: batches_per_epoch is a whole number from 1 to {ENDLESS_BATCHES}, or "
+                f"None, not {batches_per_epoch!r}"
+            )
+        self.make = make
+        self.batches_per_epoch = count
+
+    @property
+    def is_endless(self) -> bool:
+        return self.batches_per_epoch == ENDLESS_BATCHES
+
+    def batch(self, indices: npt.NDArray[np.int64], rng: np.random.Generator) -> Batch:
+        """Nothing: the batch is made where its gradient is computed."""
+        return None
 
 
 def batch_rng(seed: int, epoch: int, number: int) -> np.random.Generator:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from headwater.worker.data import Batch
+from headwater.worker.data import Batch, Generated
 from headwater.worker.task import Task, TaskError
 from headwater.worker.tree import PyTree, described
 
@@ -92,6 +92,10 @@ class AbstractGradientFunction(abc.ABC):
         """
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), epoch), number)
 
+        data = self._task.dataset
+        if isinstance(data, Generated):
+            batch = _made(data, params, key)
+
         def loss(params: PyTree) -> Any:
             return _split(self._task.loss(params, batch, key))
 
@@ -125,6 +129,17 @@ class GradientFunction(AbstractGradientFunction):
     def _compile(self, batch: Batch) -> Any:
         number = np.zeros((), np.uint32)
         return self._jitted.lower(parameter_shapes(self._task), batch, number, number).compile()
+
+
+MADE = 2**32 - 1
+"""Folded into a batch's key for `Generated.make`: no key that the loss gets by splitting
+its own, which are those of small numbers."""
+
+
+def _made(data: Generated, params: PyTree, key: jax.Array) -> Batch:
+    """A batch that is a constant to the gradient."""
+    still = jax.tree.map(jax.lax.stop_gradient, params)
+    return jax.tree.map(jax.lax.stop_gradient, data.make(still, jax.random.fold_in(key, MADE)))
 
 
 def parameter_shapes(task: Task) -> PyTree:

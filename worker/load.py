@@ -43,7 +43,7 @@ class LoadedTask:
         return pb.TaskIdentity(
             name=self.name,
             options=self.options,
-            example_count=len(self.task.dataset),
+            example_count=self.task.example_count(self.task.batch_size),
             batch_size=self.task.batch_size,
             seed=self.task.seed,
         )

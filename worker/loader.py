@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from headwater.worker.data import Batch, Indexed, batch_rng
+from headwater.worker.data import Batch, Generated, Indexed, batch_rng
 
 Key = tuple[int, int, int]
 """(epoch, shard, number)"""
@@ -16,7 +16,7 @@ Key = tuple[int, int, int]
 class Loader:
     """The leased batches and their data."""
 
-    def __init__(self, data: Indexed, seed: int) -> None:
+    def __init__(self, data: Indexed | Generated, seed: int) -> None:
         self._data = data
         self._seed = seed
         self._thread = ThreadPoolExecutor(1, "headwater-loader")

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from headwater.worker.data import Batch
+from headwater.worker.data import ENDLESS_BATCHES, Batch
 from headwater.worker.gradient import (
     AbstractGradientFunction,
     Gradient,
@@ -73,7 +73,8 @@ class LocalSteps(AbstractGradientFunction):
     ) -> None:
         super().__init__(task, seed)
         self._per_epoch = batches_per_epoch
-        made, self._text = transformation(optimizer, epochs * batches_per_epoch, option=option)
+        updates = epochs * batches_per_epoch if batches_per_epoch < ENDLESS_BATCHES else None
+        made, self._text = transformation(optimizer, updates, option=option)
         self._inner = optax.with_extra_args_support(made)
         self._shapes = self._check(parameter_shapes(task))
         # Weights and inner state of one step are of no use after the next.
@@ -227,4 +228,5 @@ def _means(
 
 
 def _example_count(batch: Batch) -> int:
-    return int(np.shape(jax.tree.leaves(batch)[0])[0])
+    leaves = jax.tree.leaves(batch)
+    return int(np.shape(leaves[0])[0]) if leaves else 1  # batches that are made count alike

@@ -32,6 +32,8 @@ OPTION, INNER_OPTION = "--optimizer", "--inner-optimizer"
 """What a SPEC was given by, for errors."""
 
 TOTAL_UPDATES = "total_updates"
+
+ENDLESS = "this run has no end: give Generated its batches_per_epoch"
 LIVE = "live"
 LEARNING_RATE = "learning_rate"
 
@@ -92,7 +94,7 @@ class Expression:
     """
 
     def __init__(
-        self, text: str, tree: ast.expr, total_updates: int, replaced: Mapping[_Place, float]
+        self, text: str, tree: ast.expr, total_updates: int | None, replaced: Mapping[_Place, float]
     ) -> None:
         self._text, self._tree, self._total_updates = text, tree, total_updates
         self._replaced = replaced
@@ -125,14 +127,14 @@ class Expression:
 
 
 def transformation(
-    optimizer: Any, total_updates: int, what: str = "Task.optimizer", option: str = OPTION
+    optimizer: Any, total_updates: int | None, what: str = "Task.optimizer", option: str = OPTION
 ) -> tuple[optax.GradientTransformation, str]:
     """The optax object that a task or a SPEC names, and its text for people.
 
     Args:
       optimizer: A SPEC, a GradientTransformation, or a function of the number of
         updates that returns one.
-      total_updates: Of the whole run.
+      total_updates: Of the whole run; None if it has no end.
       what: Where the optimizer was given, for errors.
       option: What gave it if it is a SPEC, for errors.
 
@@ -153,6 +155,8 @@ def transformation(
             f"{what} is {optimizer!r}; it must be an optax GradientTransformation, a string "
             'such as "adam(1e-3)", or a function of the number of updates that returns one'
         )
+    if total_updates is None:
+        raise OptimizerError(f"{what} is a function of the number of updates; {ENDLESS}")
     with guard_user_code(f"{what} raised"):
         made = optimizer(total_updates)
     if isinstance(made, optax.GradientTransformation):
@@ -163,12 +167,12 @@ def transformation(
     )
 
 
-def parse(spec: str, total_updates: int) -> optax.GradientTransformation:
+def parse(spec: str, total_updates: int | None) -> optax.GradientTransformation:
     """`read`, for the optimizer alone."""
     return read(spec, total_updates).transformation
 
 
-def read(spec: str, total_updates: int) -> Expression:
+def read(spec: str, total_updates: int | None) -> Expression:
     """The optimizer that `spec` describes, and its numbers.
 
     Args:
@@ -224,7 +228,9 @@ def _named(places: Mapping[_Place, Number]) -> Iterator[tuple[str, _Place]]:
 class _Reader:
     """Turns one SPEC's syntax tree into values, and notes its `numbers` on the way."""
 
-    def __init__(self, text: str, total_updates: int, replaced: Mapping[_Place, Any]) -> None:
+    def __init__(
+        self, text: str, total_updates: int | None, replaced: Mapping[_Place, Any]
+    ) -> None:
         self._text = text
         self._total_updates = total_updates
         self._replaced = replaced
@@ -345,6 +351,8 @@ class _Reader:
     def _name(self, node: ast.Name | ast.Attribute) -> Any:
         dotted = self._dotted(node).removeprefix("optax.")
         if dotted == TOTAL_UPDATES:
+            if self._total_updates is None:
+                raise self._error(node, f"there is no {TOTAL_UPDATES}: {ENDLESS}")
             return self._total_updates
         if dotted in EXTRA:
             return EXTRA[dotted]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from headwater.worker.data import Indexed
+from headwater.worker.data import Generated, Indexed
 from headwater.worker.tree import ParameterTree, PyTree
 
 
@@ -37,8 +37,9 @@ class Task:
     from (seed, epoch, batch number), so that the same batch gives the same
     gradient on any worker."""
 
-    data: Indexed | Callable[[], Indexed]
-    """The training examples, or a function that returns them, called on first use."""
+    data: Indexed | Generated | Callable[[], Indexed | Generated]
+    """The training examples, or how batches are made, or a function that returns
+    either, called on first use."""
 
     optimizer: Any
     """An optax GradientTransformation, a SPEC string such as "adam(1e-3)", or a
@@ -78,23 +79,34 @@ class Task:
             raise TaskError(f'Task.remainder must be "keep" or "drop", not {self.remainder!r}')
 
     @functools.cached_property
-    def dataset(self) -> Indexed:
+    def dataset(self) -> Indexed | Generated:
         """The training examples; loads them where `data` is a function.
 
         Raises:
-          TaskError: They are not `Indexed`, or there are none.
+          TaskError: They are neither `Indexed` nor `Generated`, or there are none.
         """
         data = self.data
-        if isinstance(data, type) or (not isinstance(data, Indexed) and callable(data)):
+        is_one = isinstance(data, Indexed | Generated) and not isinstance(data, type)
+        if not is_one and callable(data):
             data = data()
+        if isinstance(data, Generated):
+            return data
         if not isinstance(data, Indexed):
             raise TaskError(
                 f"Task.data is {type(data).__name__}, which lacks len() or batch(indices, rng); "
-                "wrap arrays in ArrayData(x=..., y=...)"
+                "wrap arrays in ArrayData(x=..., y=...), and lists or map-style datasets in "
+                "from_items(source)"
             )
         if len(data) < 1:
             raise TaskError("Task.data has no examples")
         return data
+
+    def example_count(self, batch_size: int) -> int:
+        """Examples of an epoch, of batches of this size where they are made."""
+        data = self.dataset
+        if isinstance(data, Generated):
+            return data.batches_per_epoch * batch_size
+        return len(data)
 
     @functools.cached_property
     def tree(self) -> ParameterTree:
@@ -116,7 +128,7 @@ class Task:
 
 def batch_sizes(task: Task, batch_size: int) -> list[int]:
     """The leading sizes that batches have: the full one, and the short last one if kept."""
-    full, short = divmod(len(task.dataset), batch_size)
+    full, short = divmod(task.example_count(batch_size), batch_size)
     sizes = [batch_size] if full else []
     return [*sizes, short] if short and task.remainder == "keep" else sizes
 

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["ArrayData", "Client", "Server", "Task", "__version__"]
+__all__ = ["ArrayData", "Client", "Generated", "Server", "Task", "__version__", "from_items"]
 
 _HOMES = {
     "ArrayData": "headwater.worker.data",
     "Client": "headwater.client.client",
+    "Generated": "headwater.worker.data",
     "Server": "headwater.server.embedded",
     "Task": "headwater.worker.task",
+    "from_items": "headwater.worker.data",
 }
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
     from headwater.server.embedded import Server
-    from headwater.worker.data import ArrayData
+    from headwater.worker.data import ArrayData, Generated, from_items
     from headwater.worker.task import Task
 else:
     # Hidden from type checkers, which would take any name to be there.

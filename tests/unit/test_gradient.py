@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from headwater import ArrayData, Task
-from headwater.worker.gradient import GradientFunction
+from headwater import ArrayData, Generated, Task
+from headwater.worker.gradient import MADE, GradientFunction
 from headwater.worker.task import TaskError
 
 SEED = 11
@@ -317,3 +317,47 @@ def test_gradient_descent_on_complex_parameters_converges() -> None:
     # Each step takes a fifth of what is left, so the loss falls by 0.64 a step.
     assert losses[1] == pytest.approx(0.64 * losses[0], rel=1e-4)
     np.testing.assert_allclose(w, target, atol=1e-3)
+
+
+# ----------------------------------------------------- batches that are made
+
+
+def made(params: Any, key: jax.Array) -> Any:
+    """Depends on the weights, as what an actor sees does."""
+    x = jax.random.normal(key, (8, 3))
+    return {"x": x, "y": x @ params["w"] + 1.0}
+
+
+GENERATED = Task(init=init, loss=loss, data=Generated(made, 10), optimizer="sgd(0.1)")
+
+
+def test_a_made_batch_is_a_constant_to_the_gradient_and_has_a_key_of_its_own() -> None:
+    params = GENERATED.tree.restore(weights(GENERATED))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 3), 14)
+    batch = made(params, jax.random.fold_in(key, MADE))
+
+    got = GradientFunction(GENERATED, SEED)(weights(GENERATED), [(None, 3, 14)])
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, key)
+
+    np.testing.assert_allclose(got.loss, value, rtol=1e-6)
+    for leaf, want in zip(got.leaves, GENERATED.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(leaf, want, rtol=1e-5)
+
+
+def test_the_same_batch_is_made_on_any_worker_and_another_for_each_number() -> None:
+    here, there = (GradientFunction(GENERATED, SEED) for _ in range(2))
+    numbers = [(0, 1), (0, 2), (1, 1)]
+
+    losses = [here(weights(GENERATED), [(None, *n)]).loss for n in numbers]
+
+    assert losses == [there(weights(GENERATED), [(None, *n)]).loss for n in numbers]
+    assert len(set(losses)) == len(numbers)
+
+
+def test_the_losss_own_keys_are_not_that_of_the_batch() -> None:
+    key = jax.random.key(0)
+    loss_keys = [*jax.random.split(key, 1000), *(jax.random.fold_in(key, n) for n in range(100))]
+
+    of_batch = jax.random.key_data(jax.random.fold_in(key, MADE)).tolist()
+
+    assert of_batch not in [jax.random.key_data(k).tolist() for k in loss_keys]

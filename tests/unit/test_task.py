@@ -144,7 +144,7 @@ def test_data_that_gives_no_batches_is_refused(data: Any, kind: str) -> None:
 
     assert str(error.value) == (
         f"Task.data is {kind}, which lacks len() or batch(indices, rng); wrap arrays in "
-        "ArrayData(x=..., y=...)"
+        "ArrayData(x=..., y=...), and lists or map-style datasets in from_items(source)"
     )
 
 
