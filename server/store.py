@@ -19,6 +19,7 @@ import numpy as np
 from headwater.protos.compression import NONE, Compression
 from headwater.protos.layout import Bytes, Layout
 from headwater.server.combine import combine
+from headwater.server.compiled_updates import CompiledUpdates, all_finite, extras, wide
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
@@ -27,9 +28,6 @@ from headwater.worker.tree import ParameterTree, PyTree
 
 Leaves = Sequence[Any]
 """Arrays of the parameters' shapes and dtypes, in layout order."""
-
-KEPT_UPDATES = 8
-"""Compiled updates kept for numbers that may be set again, beside those that are needed."""
 
 
 class NotFinite(ValueError):
@@ -115,12 +113,12 @@ class Store:
 
     def __init__(self, tree: ParameterTree, optimizer: AbstractOptimizer, start: Published) -> None:
         self._tree = tree
+        self._updates = CompiledUpdates(tree, optimizer)
         self.optimizer = optimizer
         self.current = start
         loss = np.zeros((), np.float32)
         # Compiled here, so that the first push does not wait for it.
         self._is_finite = jax.jit(_is_finite).lower(start.leaves, loss).compile()
-        self._steps: dict[Any, Any] = {}
         self._unpack = Unpack(tree.layout, NONE)
         self.prepare(start.settings)
         self._check(start.leaves, loss)
@@ -153,23 +151,13 @@ class Store:
         in_state = {n: v for s in stages for n, v in self.optimizer.in_state(s.numbers).items()}
         if in_state:
             self.optimizer.set_in_state(self.current.optimizer_state, in_state)
-        missing = [stage for stage in stages if self._key(stage) not in self._steps]
-        for stage in missing:
-            self._step(stage)
-        return bool(missing)
+        return self._updates.prepare(stages)
 
     def set(self, settings: Settings) -> Published:
         """Have other settings hold from the next update on; the version stays."""
         self.current = self._with(self.current, settings)
-        self._forget_updates()
+        self._updates.forget_others(_stages(settings))
         return self.current
-
-    def _forget_updates(self) -> None:
-        """Of those that were compiled, keep the ones that are needed, and the newest others."""
-        needed = {self._key(stage) for stage in _stages(self.current.settings)}
-        others = [key for key in list(self._steps) if key not in needed]
-        for key in others[:-KEPT_UPDATES]:
-            del self._steps[key]
 
     def _with(self, before: Published, settings: Settings) -> Published:
         old = before.settings.numbers
@@ -244,14 +232,14 @@ class Store:
         settings = before.settings.at(before.version)
         if settings is not before.settings:
             before = self._with(before, settings)
-        compiled, live, scale = self._step(settings)
+        compiled, live, scale = self._updates.get(settings)
         loss = _loss_array(step.loss)
         arguments = [
             self._tree.restore(list(step.leaves)),
             before.optimizer_state,
             self._tree.restore(before.leaves),
             loss,
-            *_extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
+            *extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
         ]
         params, state, is_finite = compiled(*arguments)
         # XLA may read the gradient where it lies: it is ours until this is ready.
@@ -282,28 +270,6 @@ class Store:
 
     # ------------------------------------------------------------ privately
 
-    def _key(self, settings: Settings) -> Any:
-        fixed = self.optimizer.compiled_in(settings.numbers)
-        live = self.optimizer.live_values(settings.numbers)
-        return tuple(sorted(fixed.items())), tuple(sorted(live)), settings.staleness.scale
-
-    def _step(self, settings: Settings) -> tuple[Any, dict[str, float], bool]:
-        """The compiled update, the numbers that it takes, and whether it takes a scale."""
-        key, scale = self._key(settings), settings.staleness.scale
-        live = self.optimizer.live_values(settings.numbers)
-        compiled = self._steps.get(key)  # once: another thread may forget it meanwhile
-        if compiled is None:
-            start = self.current
-            params = self._tree.restore(start.leaves)
-            fixed = self.optimizer.compiled_in(settings.numbers)
-            optimizer = self.optimizer.with_numbers(fixed, params)
-            loss = np.zeros((), np.float32)
-            extras = _extras(live, 1.0 if scale else None)
-            arguments = [params, start.optimizer_state, params, loss, *extras]
-            compiled = jax.jit(_checked(optimizer)).lower(*arguments).compile()
-            self._steps[key] = compiled
-        return compiled, live, scale
-
     def _reason(
         self, gradient: Leaves, loss: np.ndarray, update: Callable[[PyTree], Any]
     ) -> NotFinite | Diverged:
@@ -330,7 +296,7 @@ class Store:
         """Which numbers of the first tensor that has such."""
         counts = {
             spec.name: (
-                int(np.count_nonzero(~np.asarray(jnp.isfinite(_wide(leaf))))),
+                int(np.count_nonzero(~np.asarray(jnp.isfinite(wide(leaf))))),
                 np.size(leaf),
             )
             for spec, leaf in zip(self.layout.tensors, map(jnp.asarray, leaves), strict=True)
@@ -344,52 +310,10 @@ def _stages(settings: Settings) -> list[Settings]:
     return [settings, *(settings.at(plan.after_version) for plan in settings.planned)]
 
 
-def _extras(live: dict[str, float], scale: float | None) -> list[Any]:
-    """What `AbstractOptimizer.apply` gets beside the usual, where there is any."""
-    if scale is not None:
-        return [live, np.float32(scale)]
-    return [live] if live else []
-
-
 def _loss_array(loss: float) -> np.ndarray:
     with np.errstate(over="ignore"):  # too large is infinite, and refused as such
         return np.asarray(loss, np.float32)
 
 
-def _checked(optimizer: AbstractOptimizer) -> Callable[..., tuple[PyTree, PyTree, jax.Array]]:
-    """The update, and whether its loss is finite, its gradient, and the weights after it.
-
-    The weights are made NaN where the gradient is not finite, whatever the optimizer would
-    have made of it, so that they alone need be looked at: reading a large gradient twice
-    took longer than the update.
-    """
-
-    def apply(
-        grads: PyTree, state: PyTree, params: PyTree, loss: jax.Array, *extras: Any
-    ) -> tuple[PyTree, PyTree, jax.Array]:
-        params, state = optimizer.apply(grads, state, params, loss, *extras)
-        params = jax.tree.map(_finite_as, params, grads)
-        return params, state, _all_finite([loss, *jax.tree.leaves(params)])
-
-    return apply
-
-
-def _finite_as(weight: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The weights, NaN where the gradient is not finite."""
-    return jnp.where(jnp.isfinite(_wide(gradient)), weight, jnp.asarray(jnp.nan, weight.dtype))
-
-
 def _is_finite(leaves: tuple[jax.Array, ...], loss: jax.Array) -> jax.Array:
-    return _all_finite([loss, *leaves])
-
-
-def _all_finite(arrays: Sequence[Any]) -> jax.Array:
-    # Infinity and NaN times 0 are NaN, and a sum has it to the end. XLA does not fold this,
-    # and adds many numbers at once, which it does not with the truth values of isfinite.
-    sums = [jnp.sum(_wide(jnp.asarray(x)) * 0) for x in arrays]
-    return jnp.stack([jnp.isfinite(total) for total in sums]).all()
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    # 8-bit floats have no isfinite of their own everywhere.
-    return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
+    return all_finite([loss, *leaves])

@@ -128,7 +128,7 @@ class GradientFunction(AbstractGradientFunction):
 
     def _compile(self, batch: Batch) -> Any:
         number = np.zeros((), np.uint32)
-        return self._jitted.lower(parameter_shapes(self._task), batch, number, number).compile()
+        return self._jitted.lower(self._task.tree.shapes, batch, number, number).compile()
 
 
 MADE = 2**32 - 1
@@ -140,13 +140,6 @@ def _made(data: Generated, params: PyTree, key: jax.Array) -> Batch:
     """A batch that is a constant to the gradient."""
     still = jax.tree.map(jax.lax.stop_gradient, params)
     return jax.tree.map(jax.lax.stop_gradient, data.make(still, jax.random.fold_in(key, MADE)))
-
-
-def parameter_shapes(task: Task) -> PyTree:
-    """The task's tree of parameters, with shapes and dtypes for arrays."""
-    return task.tree.restore(
-        [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in task.tree.layout.tensors]
-    )
 
 
 def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:

@@ -283,6 +283,10 @@ def _opened(offer: pb.SameHost, timeout_s: float) -> Line:
     return line
 
 
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
+"""Between attempts to connect."""
+
+
 class Patience:
     """How long to keep trying to connect.
 
@@ -297,12 +301,12 @@ class Patience:
         self._said = self._began
         self.connected_before = False
         """Whether there was a first connection."""
-        self._pause_s = 0.1
+        self._waits_since: float | None = None
         self._last_error = ""
 
     def connected(self) -> None:
         self.connected_before = True
-        self._pause_s = 0.1
+        self._waits_since = None
         self._began = self._said = time.monotonic()
 
     def wait(self, error: str, give_up: Callable[[], bool]) -> None:
@@ -323,10 +327,12 @@ class Patience:
         if now - self._said >= 60 or error != self._last_error:
             log.warning("no server at %s (%s); trying again", self._address, error)
             self._said, self._last_error = now, error
-        end = now + self._pause_s
+        if self._waits_since is None:
+            self._waits_since = now
+        # Of what it has waited, a tenth: a server that starts is not kept waiting itself.
+        end = now + min(MAX_PAUSE_S, max(MIN_PAUSE_S, (now - self._waits_since) / 10))
         while time.monotonic() < end and not give_up():
             time.sleep(0.05)
-        self._pause_s = min(2.0, self._pause_s * 2)
 
 
 def consistency_of(address: str, patience: Patience) -> str:

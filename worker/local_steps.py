@@ -27,7 +27,6 @@ from headwater.worker.gradient import (
     Gradient,
     GradientFunction,
     Step,
-    parameter_shapes,
 )
 from headwater.worker.optimizer_spec import INNER_OPTION, OPTION, transformation
 from headwater.worker.task import Task, TaskError
@@ -76,7 +75,7 @@ class LocalSteps(AbstractGradientFunction):
         updates = epochs * batches_per_epoch if batches_per_epoch < ENDLESS_BATCHES else None
         made, self._text = transformation(optimizer, updates, option=option)
         self._inner = optax.with_extra_args_support(made)
-        self._shapes = self._check(parameter_shapes(task))
+        self._shapes = self._check(task.tree.shapes)
         # Weights and inner state of one step are of no use after the next.
         self._step = jax.jit(self._take_step, donate_argnums=(0, 1))
         self._begin: Any = None

@@ -34,6 +34,11 @@ class ParameterTree:
         """Of the leaves, in the tree's order, which is the layout's."""
         return [t.name for t in self.layout.tensors]
 
+    @property
+    def shapes(self) -> PyTree:
+        """The user's tree, with shapes and dtypes for arrays."""
+        return self.restore([jax.ShapeDtypeStruct(t.shape, t.dtype) for t in self.layout.tensors])
+
     def check(self, params: PyTree) -> None:
         """What `init` really returned; tracing it made arrays of Python's own numbers.
 

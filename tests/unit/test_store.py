@@ -13,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 
+from headwater.server.compiled_updates import KEPT_UPDATES
 from headwater.server.optimizer import AbstractOptimizer, OptaxOptimizer, resolve
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Planned, Settings
-from headwater.server.store import KEPT_UPDATES, NotFinite, Published, Store, initial
+from headwater.server.store import NotFinite, Published, Store, initial
 from headwater.worker.tree import ParameterTree
 
 
