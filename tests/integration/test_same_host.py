@@ -66,19 +66,18 @@ def test_workers_on_the_servers_machine_share_its_memory_by_themselves(tmp_path)
                 TASK, address, "--name", "bob", "--transport", "grpc", *options, cwd=tmp_path
             ) as bob,
         ):
-            found = wait_for(
+            wait_for(
                 lambda: (
-                    len(now := client.status()["workers"]) == 2
-                    and {w["name"]: w["transport"] for w in now}
+                    {w["name"]: w["transport"] for w in client.status()["workers"]}
+                    == {"ann": "shm", "bob": "grpc"}
                 ),
-                "both are there",
+                "both are there, ann over her line",
                 state=client.status,
             )
             assert (ann.wait(), bob.wait()) == (0, 0)
             assert ann.errors.count("tensors travel through shared memory") == 1
             assert "shared memory" not in bob.errors
         counting.assert_exactly_once(client)
-    assert found == {"ann": "shm", "bob": "grpc"}
 
 
 def test_a_server_that_offers_none_is_used_by_grpc_and_it_is_said_once(tmp_path) -> None:
