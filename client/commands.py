@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,6 +114,26 @@ def run(
 
 
 # ------------------------------------------------------------------- looking
+
+
+@app.command()
+def new(
+    path: Annotated[Path, typer.Argument(metavar="TASK.py", help="The file to write.")],
+) -> None:
+    """Write a commented task that trains as it is, to make your own of."""
+    text = files("headwater.examples").joinpath("starter.py").read_text()
+    if path.suffix != ".py":
+        raise UsageError(f"{path}: a task is a Python file; name it {path}.py")
+    try:
+        with path.open("x") as file:
+            file.write(text.replace("starter.py", str(path)))
+    except FileExistsError:
+        raise UsageError(f"{path} is there already, and is not overwritten") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    print(f"wrote {path}; next:")
+    print(f"    headwater check --task {path}")
+    print(f"    headwater run --task {path} --workers 2")
 
 
 @app.command()
