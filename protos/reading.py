@@ -25,6 +25,8 @@ class Read:
     run_id: str
     state: pb.RunState
     epoch: int
+    """How many are complete in this version, of `epochs`."""
+    epochs: int
     weights: Weights | None
     """None when the reader has this version already."""
 
@@ -70,7 +72,7 @@ class Reader:
             raise HeadwaterError(f"the server at {self.address} sent nonsense: {error}") from None
         if first is None or (weights is not None and weights.version < 0):
             raise HeadwaterError(f"the server at {self.address} sent no whole version")
-        return Read(first.stamp, first.run_id, first.state, first.epoch, weights)
+        return Read(first.stamp, first.run_id, first.state, first.epoch, first.epochs, weights)
 
     def close(self) -> None:
         self._channel.close()

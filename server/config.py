@@ -103,6 +103,10 @@ class ServerConfig:
     """Whether a worker gets a second ticket, to compute while its last gradient travels; auto:
     where there are two or more, and it would wait for a network or for its accelerator's host."""
 
+    epoch_barrier: bool = False
+    """No batch of an epoch is begun before all of the one before are applied; the version that an
+    epoch ends with is kept until it is evaluated."""
+
     stop_when: str | None = None
     """`accuracy>=0.97`: the first evaluation like this ends the run (see early_stop.py)."""
 

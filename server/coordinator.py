@@ -33,7 +33,7 @@ from headwater.server.store import Store
 from headwater.server.tickets import Tickets
 from headwater.server.update_log import UpdateLog
 from headwater.server.updates import Updates
-from headwater.server.waiters import VersionWaiters
+from headwater.server.waiters import Waiters
 
 log = logging.getLogger("headwater.server")
 
@@ -63,7 +63,9 @@ class Coordinator:
         self.steering = Steering(run, store, self.updates, self._pump, on_event)
         self._history = history
         self._drained = asyncio.Event()  # no tickets are issued, and none is out any more
-        self._version_waiters = VersionWaiters()
+        self._version_waiters = Waiters()
+        self._epoch_waiters = Waiters()
+        self._epoch = run.ledger.epoch
 
     # ----------------------------------------------------- workers come and go
 
@@ -233,9 +235,15 @@ class Coordinator:
 
     def _moved(self) -> None:
         """The applier has answered."""
-        self._version_waiters.wake(self.run.current.version)
-        if self.run.ledger.done:
-            self.run.finish(None)
+        run = self.run
+        self._version_waiters.wake(run.current.version)
+        if run.ledger.epoch > self._epoch:
+            self._epoch = run.ledger.epoch
+            if run.config.epoch_barrier:
+                run.evaluations.keep(self._epoch, run.current)
+            self._epoch_waiters.wake(self._epoch)
+        if run.ledger.done:
+            run.finish(None)
         self._pump()
 
     # -------------------------------------------------------------------- time
@@ -310,6 +318,12 @@ class Coordinator:
         if self.run.current.version < version and self.run.state_override is None:
             await self._version_waiters.wait(version, timeout_s)
 
+    async def wait_for_epoch(self, complete: int, timeout_s: float) -> None:
+        """Returns when so many are complete, the run is over, or the time has passed."""
+        if self.run.ledger.epoch < complete and self.run.state_override is None:
+            await self._epoch_waiters.wait(complete, timeout_s)
+
     def end_waits(self) -> None:
         """The run is over: nobody waits for a version that will not come."""
         self._version_waiters.wake(None)
+        self._epoch_waiters.wake(None)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
+
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.server.store import Published
+
+
+KEPT_EPOCHS = 2
+"""Ends of epochs that are kept for an evaluator; more would be memory for one that is too slow."""
 
 
 class Evaluations:
@@ -10,6 +18,7 @@ class Evaluations:
 
     def __init__(self) -> None:
         self.newest: pb.EvaluationReport | None = None
+        self._kept: deque[tuple[int, Published]] = deque(maxlen=KEPT_EPOCHS)
         self._seen_time: float | None = None
         self._waiting = 0
 
@@ -27,6 +36,16 @@ class Evaluations:
         self._seen_time = now
         if self.newest is None or report.version >= self.newest.version:
             self.newest = report
+        while self._kept and self._kept[0][1].version <= report.version:
+            self._kept.popleft()
+
+    def keep(self, epoch: int, published: Published) -> None:
+        """Have a version be there to be evaluated: the one that so many epochs ended with."""
+        self._kept.append((epoch, dataclasses.replace(published, optimizer_state=None)))
+
+    def oldest(self, epoch: int) -> tuple[int, Published] | None:
+        """Of the versions kept, the first with so many complete epochs, and how many it has."""
+        return next((kept for kept in self._kept if kept[0] >= epoch), None)
 
     def is_done(self, version: int) -> bool:
         """Whether this version, or a later one, was reported on."""

@@ -124,6 +124,14 @@ def server(
             help="Before that, wait up to a minute for `headwater evaluate` to report.",
         ),
     ] = False,
+    epoch_barrier: Annotated[
+        bool,
+        typer.Option(
+            "--epoch-barrier",
+            help="Begin an epoch when the one before is complete, and keep the version that it "
+            "ended with until it is evaluated.",
+        ),
+    ] = False,
     stop_when: Annotated[
         str | None,
         typer.Option(
@@ -197,6 +205,7 @@ def server(
         optimizer=optimizer,
         seed=seed,
         exit_when_done=exit_when_done,
+        epoch_barrier=epoch_barrier,
         stop_when=stop_when,
         patience=patience,
         await_evaluation=await_evaluation,

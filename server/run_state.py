@@ -67,7 +67,9 @@ class Run:
         self.staging = Staging(self.pushed, config.max_staged_bytes)
         self.roster = Roster()
         self.refusals = Refusals()
-        self.ledger = Ledger(rounds.total, rounds.per_epoch, store.current.applied)
+        self.ledger = Ledger(
+            rounds.total, rounds.per_epoch, store.current.applied, 1 if config.epoch_barrier else 2
+        )
         self.admission = Admission(
             self.ledger, self.staging.slots, self._avoided_by, self.settings.dial,
             lambda: len(self.able()),

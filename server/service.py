@@ -92,9 +92,15 @@ class Service:
                 f"never been made; the newest is version {run.current.version}",
             )
         await self._wait(request)
-        published = run.current
+        epoch, published = run.ledger.epoch, run.current
+        if request.evaluates:
+            epoch, published = run.evaluations.oldest(request.min_epoch) or (epoch, published)
         first = pb.PullReply(
-            stamp=run.stamp(), run_id=run.identity.run_id, state=run.state, epoch=run.ledger.epoch
+            stamp=run.stamp(),
+            run_id=run.identity.run_id,
+            state=run.state,
+            epoch=epoch,
+            epochs=run.order.epochs,
         )
         if same_life and request.have_version and request.have_version == published.version:
             await self._write(context, frame(first))
@@ -112,7 +118,9 @@ class Service:
         if request.evaluates:
             run.evaluations.begin_wait()
         try:
+            end = run.clock() + wait_s
             await self._coordinator.wait_for_version(request.min_version, wait_s)
+            await self._coordinator.wait_for_epoch(request.min_epoch, end - run.clock())
         finally:
             if request.evaluates:
                 run.evaluations.end_wait(run.clock())

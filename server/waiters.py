@@ -5,28 +5,28 @@ from __future__ import annotations
 import asyncio
 
 
-class VersionWaiters:
-    """Readers that wait for a version."""
+class Waiters:
+    """Readers that wait until a number that only grows has grown so far: the version, the epoch."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
-    async def wait(self, version: int, timeout_s: float) -> None:
-        """Returns when `wake` was called with the version or a later one, or after the time."""
+    async def wait(self, number: int, timeout_s: float) -> None:
+        """Returns when `wake` was called with the number or a higher one, or after the time."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((version, waiter))
+        self._waiting.append((number, waiter))
         await asyncio.wait({waiter}, timeout=timeout_s)
         waiter.cancel()
 
-    def wake(self, version: int | None) -> None:
-        """The version is there; None: the run is over, and no other will come."""
+    def wake(self, number: int | None) -> None:
+        """It is there; None: the run is over, and it grows no more."""
         if not self._waiting:
             return
         kept = []
         for wanted, waiter in self._waiting:
             if waiter.done():
                 continue
-            if version is None or wanted <= version:
+            if number is None or wanted <= number:
                 waiter.set_result(None)
             else:
                 kept.append((wanted, waiter))

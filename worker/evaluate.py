@@ -76,12 +76,10 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
     reader = Reader(address, task.tree.layout)
     request = pb.PullRequest(evaluates=follow)
     evaluated = -1
-    plan: _Plan | None = None
     try:
         while True:
             try:
                 read = reader.pull(request)
-                plan = _Plan.ask(reader) if follow else None
             except Unreachable as error:
                 if not request.run_id:
                     raise
@@ -92,8 +90,8 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
             request.seen_incarnation = read.stamp.incarnation
             assert read.weights is not None  # no version was named as known
             version = read.weights.version
-            over = read.state in _OVER or (plan is not None and plan.is_last(version))
-            if version != evaluated and (over or version >= request.min_version):
+            over = read.state in _OVER or read.epoch >= read.epochs
+            if version != evaluated and (over or read.epoch >= request.min_epoch):
                 began = time.perf_counter()
                 metrics = numbers(task.evaluate(task.tree.restore(read.weights.leaves)))
                 seconds = time.perf_counter() - began
@@ -103,42 +101,12 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
                 )
                 _report(reader.stub, found, address)
                 yield found
-            if over or plan is None:
+            if over or not follow:
                 return
-            request.min_version = plan.next_epoch(evaluated)
+            request.min_epoch = max(request.min_epoch, read.epoch + 1)
             request.wait_s = WAIT_S
     finally:
         reader.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How far the run goes, as far as the server knows."""
-
-    per_epoch: int
-    last_version: int | None
-    """What the final version will be: batches that were left out make none."""
-
-    @classmethod
-    def ask(cls, reader: Reader) -> _Plan:
-        try:
-            status = reader.stub.GetStatus(pb.StatusRequest(), timeout=RPC_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, reader.address) from None
-        if not status.HasField("batches_total"):
-            return cls(1, None)
-        return cls(
-            max(1, status.batches_total // max(1, status.epochs)),
-            status.batches_total - status.skipped,
-        )
-
-    def is_last(self, version: int) -> bool:
-        return self.last_version is not None and version >= self.last_version
-
-    def next_epoch(self, version: int) -> int:
-        """The version at which about one more epoch is complete."""
-        following = (version // self.per_epoch + 1) * self.per_epoch
-        return following if self.last_version is None else min(following, self.last_version)
 
 
 def numbers(metrics: object) -> dict[str, float]:

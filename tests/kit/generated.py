@@ -30,4 +30,5 @@ def task(batches: int = 40, endless: bool = False, optimizer: str = "sgd(1.0)") 
         optimizer=optimizer,
         batch_size=4,
         epochs=2,
+        evaluate=lambda params: {"count": params["count"][0]},
     )
