@@ -1,11 +1,12 @@
 """What trains here, in a line: two spirals told apart by a small network.
 
-    headwater check --task starter.py            # one batch, one gradient: what is wrong
-    headwater run --task starter.py --workers 2      # train, here; try --epochs 10, --optimizer 'sgd(0.1)'
+    headwater check --task starter.py            # one batch, one gradient: what is wrong, if anything
+    headwater run --task starter.py --workers 2  # train, here; --epochs 10, --optimizer 'sgd(0.1)'
 
 Server, workers and evaluators each load this file, and take the Task from its end.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ WIDTHS = (2, 64, 64, 2)
 def init(key: jax.Array) -> Any:
     """The first weights. Only the server runs this."""
     layers = []
-    for wide, narrow in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
+    for wide, narrow in pairwise(WIDTHS):
         key, drawn = jax.random.split(key)
         kernel = jax.random.normal(drawn, (wide, narrow)) * jnp.sqrt(2 / wide)
         layers.append({"kernel": kernel, "bias": jnp.zeros(narrow)})

@@ -416,29 +416,32 @@ class Bye(_message.Message):
     def __init__(self, reason: _Optional[_Union[ByeReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("min_version", "wait_s", "run_id", "seen_incarnation", "have_version", "evaluates")
+    __slots__ = ("min_version", "wait_s", "run_id", "seen_incarnation", "have_version", "evaluates", "min_epoch")
     MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SEEN_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     EVALUATES_FIELD_NUMBER: _ClassVar[int]
+    MIN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     min_version: int
     wait_s: float
     run_id: str
     seen_incarnation: int
     have_version: int
     evaluates: bool
-    def __init__(self, min_version: _Optional[int] = ..., wait_s: _Optional[float] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., have_version: _Optional[int] = ..., evaluates: bool = ...) -> None: ...
+    min_epoch: int
+    def __init__(self, min_version: _Optional[int] = ..., wait_s: _Optional[float] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., have_version: _Optional[int] = ..., evaluates: bool = ..., min_epoch: _Optional[int] = ...) -> None: ...
 
 class PullReply(_message.Message):
-    __slots__ = ("stamp", "layout", "weights", "run_id", "state", "epoch", "body")
+    __slots__ = ("stamp", "layout", "weights", "run_id", "state", "epoch", "epochs", "body")
     STAMP_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
     BODY_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     layout: Layout
@@ -446,8 +449,9 @@ class PullReply(_message.Message):
     run_id: str
     state: RunState
     epoch: int
+    epochs: int
     body: bytes
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class EvaluationReport(_message.Message):
     __slots__ = ("incarnation", "version", "metrics", "duration_s")

@@ -8,7 +8,6 @@ from collections import deque
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.server.store import Published
 
-
 KEPT_EPOCHS = 2
 """Ends of epochs that are kept for an evaluator; more would be memory for one that is too slow."""
 

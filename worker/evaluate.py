@@ -25,7 +25,6 @@ from headwater.worker.options import Platform, TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
-    from headwater.protos.reading import Reader
     from headwater.worker.load import LoadedTask
 
 log = logging.getLogger("headwater.evaluate")

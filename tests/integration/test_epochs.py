@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from headwater.client.client import Client
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.reading import Read, Reader
 from kit import counting, generated

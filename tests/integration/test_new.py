@@ -12,9 +12,7 @@ def test_what_it_writes_checks_and_trains_by_the_lines_it_prints(tmp_path: Path)
     done = run("new", "mine.py", cwd=tmp_path)
 
     assert done.status == 0, done.errors
-    check, train = (
-        line.split()[1:] for line in done.output.splitlines() if "headwater " in line
-    )
+    check, train = (line.split()[1:] for line in done.output.splitlines() if "headwater " in line)
     checked = run(*check, cwd=tmp_path)
     assert checked.status == 0, checked.errors
     trained = run(*train, "--run-dir", "run", "--listen", "127.0.0.1:0", cwd=tmp_path)
