@@ -1,6 +1,6 @@
 """What trains here, in a line: two spirals told apart by a small network.
 
-    headwater check --task starter.py            # one batch, one gradient: what is wrong, if anything
+    headwater check --task starter.py            # one batch, one gradient: what is wrong
     headwater run --task starter.py --workers 2  # train, here; --epochs 10, --optimizer 'sgd(0.1)'
 
 Server, workers and evaluators each load this file, and take the Task from its end.
