@@ -54,7 +54,7 @@ def init(key: jax.Array) -> Any:
     return layers
 
 
-def predict(params: Any, point: jax.Array) -> jax.Array:
+def predict(params: Any, point: Any) -> jax.Array:
     """Logits, (batch, 2), of points, (batch, 2)."""
     x = 2 * point
     for layer in params[:-1]:

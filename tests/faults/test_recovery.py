@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -177,16 +178,18 @@ def test_at_log_a_full_disk_holds_pushes_and_room_lets_them_go_on(control, tmp_p
             wait_version(lives, 50)
             set_faults(control, {"operation": "write", "error": "ENOSPC"})
             wait_for(lambda: lives.status()["problems"], "the problem is shown")
-            held = lives.status()
+
+            def settled():
+                """What had been logged when the disk filled is published and acknowledged."""
+                status = lives.status()
+                acknowledged = sum(worker.acknowledged for worker in steady)
+                return status["version"] == status["durable_version"] == acknowledged and status
+
+            held = wait_for(settled, "every logged update is acknowledged", state=lives.status)
             assert "pushes are held until there is room" in "".join(held["problems"])
-
-            def acknowledged():
-                return sum(worker.acknowledged for worker in steady)
-
-            # An outcome may have been on its way when the disk filled.
-            wait_for(lambda: acknowledged() >= held["version"], "every update is acknowledged")
-            assert lives.status()["version"] == held["version"] == held["durable_version"]
-            assert acknowledged() == held["version"]
+            for _ in range(10):  # several times as long as an update takes
+                time.sleep(0.02)
+                assert settled()["version"] == held["version"]
 
             set_faults(control)
             lives.finished()

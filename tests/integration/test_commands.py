@@ -990,7 +990,7 @@ def test_headwater_alone_helps(tmp_path: Path) -> None:
 
 COMMANDS = [
     *("server", "worker", "run", "check", "status", "workers", "watch", "pull", "evaluate"),
-    *("pause", "resume", "set", "evict", "snapshot", "stop", "check-snapshot", "replay"),
+    *("pause", "resume", "set", "evict", "snapshot", "stop", "check-snapshot", "replay", "new"),
 ]
 
 
