@@ -17,7 +17,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -44,6 +45,12 @@ _CODES = {
     "float32": "F32",
     "float64": "F64",
     "complex64": "C64",
+}
+
+
+_DTYPES = {code: name for name, code in _CODES.items()} | {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
 
 
@@ -125,6 +132,45 @@ def read_header(file: IO[bytes]) -> tuple[dict[str, str], bytes]:
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
         raise FormatError("its header's metadata are not texts")
     return notes, start + text
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file, anybody's, in the order of their bytes.
+
+    Raises:
+      FormatError: It is no such file, or has a tensor that cannot be read.
+      OSError: It cannot be opened.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = int.from_bytes(start, "little")
+        left = os.fstat(file.fileno()).st_size - 8
+        if len(start) < 8 or not 2 <= size <= min(left, MAX_HEADER_BYTES):
+            raise FormatError(f"it does not begin with a header's length ({left + 8} bytes in all)")
+        try:
+            entries = json.loads(file.read(size))
+            notes = entries.pop("__metadata__", {})
+            placed = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"][0])
+            return {name: _placed(file, name, entry, notes, 8 + size) for name, entry in placed}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FormatError(f"its header is not that of a safetensors file: {error}") from None
+
+
+def _placed(
+    file: IO[bytes], name: str, entry: Mapping[str, Any], notes: Mapping[str, str], base: int
+) -> np.ndarray:
+    """One tensor, as the header has it."""
+    begin, end = entry["data_offsets"]
+    kept = _DTYPES[entry["dtype"]]
+    shape = tuple(entry["shape"])
+    if not 0 <= begin <= end or end - begin != dtype_of(kept).itemsize * math.prod(shape):
+        raise FormatError(f"{name} has {end - begin} bytes, which its shape is not of")
+    file.seek(base + begin)
+    array = read_array(file, kept, shape)
+    own = notes.get(f"dtype:{name}")
+    if own is None:
+        return array
+    return array.view(dtype_of(own)).reshape(shape[:-1] if own == "complex128" else shape)
 
 
 def read_array(file: IO[bytes], dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -63,6 +63,9 @@ class ServerConfig:
 
     epochs: int | None = None
     batch_size: int | None = None
+    init: str | None = None
+    """A safetensors file of weights to begin with, in place of those of Task.init."""
+
     optimizer: str | None = None
     """A SPEC; see worker/optimizer_spec.py. With local steps, of the outer optimizer."""
 

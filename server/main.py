@@ -114,6 +114,14 @@ def server(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Of initial weights, order and keys.")
     ] = None,
+    init: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="WEIGHTS.safetensors",
+            help="Begin with these weights, such as `headwater pull` writes, in place of "
+            "Task.init's. A run that is continued goes on with its own.",
+        ),
+    ] = None,
     exit_when_done: Annotated[
         bool, typer.Option("--exit-when-done", help="End when the run is finished.")
     ] = False,
@@ -204,6 +212,7 @@ def server(
         batch_size=batch_size,
         optimizer=optimizer,
         seed=seed,
+        init=None if init is None else str(init.absolute()),
         exit_when_done=exit_when_done,
         epoch_barrier=epoch_barrier,
         stop_when=stop_when,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
+from headwater.protos import tensor_file
 from headwater.protos.errors import UsageError
+from headwater.protos.layout import LayoutError
 from headwater.server.config import ServerConfig
 from headwater.server.dial import Dial
 from headwater.server.optimizer import AbstractOptimizer
@@ -17,6 +21,7 @@ from headwater.server.store import NotFinite, Store, initial
 from headwater.worker.data import Generated
 from headwater.worker.load import LoadedTask
 from headwater.worker.task import Task
+from headwater.worker.tree import ParameterTree, PyTree
 from headwater.worker.user_code import guard_user_code
 
 OUTER_OPTIMIZER = "sgd(0.7, momentum=0.9, nesterov=True)"
@@ -54,20 +59,56 @@ def with_outer_optimizer(config: ServerConfig) -> ServerConfig:
 
 
 def first_store(
-    loaded: LoadedTask, optimizer: AbstractOptimizer, seed: int, settings: Settings
+    loaded: LoadedTask,
+    optimizer: AbstractOptimizer,
+    seed: int,
+    settings: Settings,
+    init: str | None = None,
 ) -> Store:
-    """Version 0, from the task's own `init`.
+    """Version 0, from the task's own `init`, or from the weights in the file `init`.
 
     Raises:
-      UsageError: The weights are not finite.
+      UsageError: The weights are not finite, or the file's are not the task's.
       UserCodeError: `init` raised.
       LayoutError: It gave something else than arrays.
     """
     task = loaded.task
-    with guard_user_code("Task.init raised"):
-        params = task.init(jax.random.key(seed))
+    if init is not None:
+        params = _weights_of(Path(init), task.tree)
+    else:
+        with guard_user_code("Task.init raised"):
+            params = task.init(jax.random.key(seed))
     task.tree.check(params)
     try:
         return Store(task.tree, optimizer, initial(task.tree, params, optimizer, settings=settings))
     except NotFinite as error:
-        raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
+        whose = "Task.init gave" if init is None else f"{init} has"
+        raise UsageError(f"{whose} weights that are not finite: {error}") from None
+
+
+def _weights_of(path: Path, tree: ParameterTree) -> PyTree:
+    """The task's tree with the weights of a safetensors file, floats of another width cast.
+
+    Raises:
+      UsageError: The file cannot be read, or its tensors are not the task's.
+    """
+    try:
+        arrays = tensor_file.read_file(path)
+    except (OSError, tensor_file.FormatError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--init {path}: {reason}; it is a safetensors file of weights") from None
+    try:
+        found = tree.leaves(tree.restore_named(arrays))
+    except LayoutError as error:
+        raise UsageError(f"--init {path}: {error}") from None
+    leaves = []
+    for spec, leaf in zip(tree.layout.tensors, found, strict=True):
+        is_kind = jnp.issubdtype(leaf.dtype, jnp.complexfloating) == jnp.issubdtype(
+            spec.dtype, jnp.complexfloating
+        )
+        if not is_kind or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise UsageError(
+                f"--init {path}: {spec.name} is {leaf.dtype.name}, the model's is {spec.dtype.name}"
+            )
+        leaves.append(leaf.astype(spec.dtype))
+    return tree.restore(leaves)

@@ -131,9 +131,10 @@ def _prepare(
     check(optimizer, jax.eval_shape(task.init, jax.random.key(order.seed)))
     if rounds.steps > 1:
         _check_inner_optimizer(task, rounds, config.inner_optimizer)
+    first_of = loaded, optimizer, order.seed, _settings(Settings(), config), config.init
     first = None
     if run_dir is None:
-        first = first_store(loaded, optimizer, order.seed, _settings(Settings(), config))
+        first = first_store(*first_of)
         run_dir = opened.enter_context(contextlib.closing(RunDir(config.run_dir, loaded.name)))
     order.prepare(0)
     run = RunIdentity(run_dir.run_id, identity, task.tree.layout, loaded.software())
@@ -144,7 +145,7 @@ def _prepare(
     snapshots.remove_leftovers()
     evaluation = None
     if run_dir.record is None:
-        store = first or first_store(loaded, optimizer, order.seed, _settings(Settings(), config))
+        store = first or first_store(*first_of)
         recovered = Recovered(store, 0, 0, 0, ())
         _begin(run_dir, snapshots, run, optimizer.text, store.current, rounds)
     else:
@@ -221,6 +222,7 @@ def _incarnation(
         "updates": record.updates,
         "optimizer": record.optimizer,
         "optimizer_spec": config.optimizer,
+        "init": config.init,
         "inner_optimizer_spec": config.inner_optimizer,
         "compression": str(config.pushes),
         "pull_dtype": config.pull_dtype,

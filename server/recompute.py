@@ -191,7 +191,8 @@ class Recomputation:
         self._servers_platform = line["compute"].get("platform")
         with _on(self._servers_platform):
             if self._store is None or self._optimizer is None:
-                self._store = first_store(self._loaded, optimizer, order.seed, settings)
+                first_of = self._loaded, optimizer, order.seed, settings, line["init"]
+                self._store = first_store(*first_of)
                 which = "the first weights have other bits"
             else:
                 before = dataclasses.replace(self.current, settings=settings)

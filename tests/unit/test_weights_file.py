@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from headwater.protos.files import replace_file
 from headwater.protos.layout import DTYPES
+from headwater.protos.tensor_file import FormatError, read_file
 from headwater.protos.weights_file import save_weights
 
 ALL_BITS = np.arange(256, dtype=np.uint8)
@@ -40,11 +41,11 @@ def test_every_bit_pattern_of_every_dtype_is_read_back(name: str, tmp_path: Path
 
     save_weights(path, arrays, {})
 
-    found, _ = read_back(path)
-    assert found.keys() == arrays.keys()
-    for tensor, array in arrays.items():
-        assert (found[tensor].dtype, found[tensor].shape) == (dtype, array.shape)
-        assert found[tensor].tobytes() == array.tobytes()
+    for found in (read_back(path)[0], read_file(path)):
+        assert found.keys() == arrays.keys()
+        for tensor, array in arrays.items():
+            assert (found[tensor].dtype, found[tensor].shape) == (dtype, array.shape)
+            assert found[tensor].tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -54,9 +55,9 @@ def test_a_scalar_is_read_back(name: str, tmp_path: Path) -> None:
 
     save_weights(path, {"temperature": array}, {})
 
-    found, _ = read_back(path)
-    assert (found["temperature"].dtype, found["temperature"].shape) == (array.dtype, ())
-    assert found["temperature"].tobytes() == array.tobytes()
+    for found in (read_back(path)[0], read_file(path)):
+        assert (found["temperature"].dtype, found["temperature"].shape) == (array.dtype, ())
+        assert found["temperature"].tobytes() == array.tobytes()
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -182,3 +183,29 @@ def test_the_bytes_are_on_disk_before_the_name_and_the_name_before_the_return(
 
     assert done == ["fsync file of 3 bytes", "rename to w", "fsync folder"]
     assert path.read_bytes() == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{}" + b" " * 6, ""),
+        (b"[1, 2] ", "not that of a safetensors file"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "a has 4 bytes"),
+        (b'{"a":{"dtype":"F31","shape":[1],"data_offsets":[0,4]}}', "F31"),
+        (b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,-4]}}', "a has -4 bytes"),
+        (b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', "it ends 16 bytes early"),
+        (b'{"a":{"dtype":"F32"}}', "not that of a safetensors file: 'data_offsets'"),
+    ],
+)
+def test_a_header_that_lies_is_an_error_that_says_so(
+    header: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    if not message:
+        assert read_file(path) == {}
+        return
+    with pytest.raises(FormatError) as error:
+        read_file(path)
+    assert message in str(error.value)
