@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 _TUNABLES = "GLIBC_TUNABLES"
+_TRIED = "HEADWATER_TUNED"
 
 KEPT_BYTES = 1 << 30
 """Blocks up to here are kept, and so much at the end of the heap."""
@@ -47,8 +48,9 @@ def tuning(environment: Mapping[str, str]) -> dict[str, str]:
 
 def tune() -> None:
     """Have this process tuned: it begins once more unless it is. Same pid, same open files."""
-    if variables := tuning(os.environ):
-        _begin_again({**os.environ, **variables})
+    # Once: where Python has capabilities of its own, the loader takes the variable away again.
+    if (variables := tuning(os.environ)) and _TRIED not in os.environ:
+        _begin_again({**os.environ, **variables, _TRIED: "1"})
 
 
 def _begin_again(environment: Mapping[str, str]) -> NoReturn:

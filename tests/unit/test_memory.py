@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def test_a_server_is_tuned_and_keeps_its_pid(users: str | None, tmp_path: Path) 
         # glibc cuts its own copy at each colon as it reads it.
         found = _environment(server.process.pid)["GLIBC_TUNABLES"]
         assert found == expected.split(":")[0] or found == expected
+
+
+@linux
+def test_it_begins_again_once_even_where_the_variable_does_not_stay(tmp_path: Path) -> None:
+    code = (
+        "import os; os.environ.pop('GLIBC_TUNABLES', None); from headwater.client import memory; "
+    )
+    code += "memory.tune(); print('on it goes')"
+    done = subprocess.run(  # noqa: S603  (our own code)
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == "on it goes\n"
 
 
 def _environment(pid: int) -> dict[str, str]:
