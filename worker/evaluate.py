@@ -89,7 +89,9 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
             request.seen_incarnation = read.stamp.incarnation
             assert read.weights is not None  # no version was named as known
             version = read.weights.version
-            over = read.state in _OVER or read.epoch >= read.epochs
+            # With an epoch barrier it may be an older one, and others follow it.
+            is_newest = version >= read.stamp.version
+            over = is_newest and (read.state in _OVER or read.epoch >= read.epochs)
             if version != evaluated and (over or read.epoch >= request.min_epoch):
                 began = time.perf_counter()
                 metrics = numbers(task.evaluate(task.tree.restore(read.weights.leaves)))

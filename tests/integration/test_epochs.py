@@ -13,7 +13,7 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.reading import Read, Reader
 from kit import counting, generated
 from kit.lives import Lives
-from kit.processes import Command
+from kit.processes import Command, run
 
 PER_EPOCH = 16
 EPOCHS = 6
@@ -86,3 +86,17 @@ def test_evaluate_follows_epochs_whatever_an_update_consists_of(
     assert {line["version"] for line in found} <= {0, per_epoch, 2 * per_epoch}
     assert found[-1]["version"] == 2 * per_epoch
     assert all(line["metrics"]["count"] == 40 * line["epoch"] for line in found if dial == "async")
+
+
+def test_an_evaluator_that_comes_after_the_end_is_sent_what_was_kept_and_then_the_last(
+    tmp_path: Path,
+) -> None:
+    with Lives(tmp_path, (), ["--epoch-barrier"]) as lives:
+        lives.task = generated.__file__
+        lives.start()
+        words = ("--task", generated.__file__, "--server", lives.address)
+        with Command("worker", *words, cwd=tmp_path):
+            lives.finished()
+        found = run("evaluate", *words, "--follow", "--json", cwd=tmp_path)
+    assert found.status == 0, found.errors
+    assert [json.loads(line)["version"] for line in found.output.splitlines()] == [40, 80]
