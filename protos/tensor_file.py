@@ -119,12 +119,7 @@ def read_header(file: IO[bytes]) -> tuple[dict[str, str], bytes]:
     Raises:
       FormatError: It does not begin as such a file does.
     """
-    start = file.read(8)
-    size = int.from_bytes(start, "little")
-    left = os.fstat(file.fileno()).st_size - 8
-    if len(start) < 8 or not 2 <= size <= min(left, MAX_HEADER_BYTES):
-        raise FormatError(f"it does not begin with a header's length ({left + 8} bytes in all)")
-    text = file.read(size)
+    start, text = _beginning(file)
     try:
         notes = json.loads(text)["__metadata__"]
     except (ValueError, KeyError, TypeError):
@@ -132,6 +127,16 @@ def read_header(file: IO[bytes]) -> tuple[dict[str, str], bytes]:
     if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
         raise FormatError("its header's metadata are not texts")
     return notes, start + text
+
+
+def _beginning(file: IO[bytes]) -> tuple[bytes, bytes]:
+    """The header's length, and its text, as they are in the file."""
+    start = file.read(8)
+    size = int.from_bytes(start, "little")
+    left = os.fstat(file.fileno()).st_size - 8
+    if len(start) < 8 or not 2 <= size <= min(left, MAX_HEADER_BYTES):
+        raise FormatError(f"it does not begin with a header's length ({left + 8} bytes in all)")
+    return start, file.read(size)
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
@@ -142,16 +147,13 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
       OSError: It cannot be opened.
     """
     with path.open("rb") as file:
-        start = file.read(8)
-        size = int.from_bytes(start, "little")
-        left = os.fstat(file.fileno()).st_size - 8
-        if len(start) < 8 or not 2 <= size <= min(left, MAX_HEADER_BYTES):
-            raise FormatError(f"it does not begin with a header's length ({left + 8} bytes in all)")
+        start, text = _beginning(file)
+        base = len(start) + len(text)
         try:
-            entries = json.loads(file.read(size))
+            entries = json.loads(text)
             notes = entries.pop("__metadata__", {})
             placed = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"][0])
-            return {name: _placed(file, name, entry, notes, 8 + size) for name, entry in placed}
+            return {name: _placed(file, name, entry, notes, base) for name, entry in placed}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FormatError(f"its header is not that of a safetensors file: {error}") from None
 
