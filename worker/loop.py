@@ -176,7 +176,8 @@ class Worker:
                 # What waits to be read comes first: a bye, or weights that are newer.
                 while self._waiting and not self._leaving and not link.has_more():
                     self._compute(link, self._waiting.popleft())
-                if self._leaving and not self._unanswered:
+                # A push that is held outlives its worker: its outcome may be long in coming.
+                if self._leaving and (not self._unanswered or _only_says_it_is_there(message)):
                     self._say_leave(link)
                 self._awaiting = True
             return False
@@ -377,6 +378,10 @@ class Worker:
                 "version %d: %d gradients from here, loss %.4g",
                 self._weights.version, self._gradients, gradient.loss,
             )  # fmt: skip
+
+
+def _only_says_it_is_there(message: pb.ServerMessage) -> bool:
+    return [field.name for field, _ in message.ListFields()] == ["stamp"]
 
 
 def _key(batch: pb.BatchId) -> Key:

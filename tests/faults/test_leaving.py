@@ -36,6 +36,11 @@ def wait_for_version(client, version):
     )
 
 
+def tickets_out(status):
+    """Batches that somebody is to compute now, of those that are reserved."""
+    return status["batches_leased"] - sum(worker["leased"] for worker in status["workers"])
+
+
 def last_line(command):
     return command.errors.splitlines()[-1]
 
@@ -79,8 +84,36 @@ def test_a_worker_that_waits_for_a_ticket_leaves_at_once(slow, tmp_path):
     ):
         wait_for_version(client, 1)
         client.pause()
-        # Its push is held, and it hears nothing before the run goes on.
-        wait_for(lambda: client.status()["batches_admitted"], "its push is held")
+        # Its push is held, or its next ticket: either way it hears nothing before the run goes on.
+        wait_for(
+            lambda: not tickets_out(client.status()), "it has nothing to do", 30, client.status
+        )
+        ann.send(signal.SIGTERM)
+        assert ann.wait(10) == 0, ann.errors
+
+        slow.unlink()
+        client.resume()
+        with worker(TASK, address, *options, cwd=tmp_path) as bob:
+            assert bob.wait() == 0
+        counting.assert_exactly_once(client)
+
+
+def test_a_worker_told_to_leave_while_it_computes_does_not_wait_for_a_push_that_is_held(
+    slow, tmp_path
+):
+    begun = tmp_path / "begun"
+    options = counting.options(
+        batch_size=BATCH_SIZE, compute_s=0.4, slow_while=slow, begun=begun
+    )  # fmt: skip
+    with (
+        server(TASK, *options, cwd=tmp_path) as (_, address),
+        Client(address) as client,
+        worker(TASK, address, *options, cwd=tmp_path) as ann,
+    ):
+        wait_for_version(client, 1)
+        size = begun.stat().st_size
+        wait_for(lambda: begun.stat().st_size > size, "a gradient is begun")
+        client.pause()
         ann.send(signal.SIGTERM)
         assert ann.wait(10) == 0, ann.errors
 
