@@ -9,7 +9,7 @@ number counts as two real ones, the real part first.
                 for each block of BLOCK numbers; the last may be shorter
     topk:R      those ceil(R · n) of the n numbers that are largest, and where they stand
 
-A tensor that would not become smaller is sent as it is.
+State, and a tensor that would not become smaller, is sent as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from headwater.protos.errors import UsageError
-from headwater.protos.layout import Layout, TensorSpec
+from headwater.protos.layout import PARAMETER, Layout, TensorSpec
 
 BLOCK = 512
 """Numbers that share a scale."""
@@ -68,6 +68,8 @@ class Compression:
 
     def packs(self, tensor: TensorSpec) -> bool:
         """Whether it makes this tensor smaller."""
+        if tensor.role != PARAMETER:
+            return False
         numbers, size = real_count(tensor), real_dtype(tensor).itemsize
         if self.kind == "bfloat16":
             return size > BFLOAT16.itemsize

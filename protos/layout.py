@@ -1,9 +1,9 @@
 """Where each tensor lies in the one flat buffer that crosses the wire.
 
-The layout is names, roles, shapes, dtypes and byte offsets, in the order of
-the user's tree: parameters first, so that a gradient's buffer is a prefix of
-the weights' buffer. It never holds the tree itself, which may hold functions.
-Two sides whose fingerprints are equal mean the same bytes.
+The layout is names, roles, shapes, dtypes and byte offsets: all parameters, all
+state, all constants, each in the order of the user's tree, so that what is pushed
+is a prefix of the weights' buffer. It never holds the tree itself, which may hold
+functions. Two sides whose fingerprints are equal mean the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from headwater.protos import parameter_server_pb2 as pb
 ALIGNMENT = 64
 """Bytes; a cache line, and what XLA wants to use a buffer without copying it."""
 
-DTYPES: Mapping[str, np.dtype] = {
+FLOATING: Mapping[str, np.dtype] = {
     np.dtype(kind).name: np.dtype(kind)
     for kind in (
         np.float16,
@@ -45,6 +45,16 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """What a parameter can be made of: JAX's floating and complex dtypes, by name."""
 
+INTEGER: Mapping[str, np.dtype] = {
+    f"{sign}int{bits}": np.dtype(f"{sign}int{bits}")
+    for sign in ("", "u")
+    for bits in (8, 16, 32, 64)
+}
+"""What state can be made of as well: counters."""
+
+DTYPES: Mapping[str, np.dtype] = {**FLOATING, **INTEGER, "bool": np.dtype(bool)}
+"""What a constant can be made of: all that can be served."""
+
 _GAP = memoryview(bytes(ALIGNMENT))
 """What lies between two tensors, at most."""
 
@@ -55,6 +65,21 @@ Bytes = npt.NDArray[np.uint8]
 Arrays = Mapping[str, np.ndarray]
 
 PARAMETER = pb.ROLE_PARAMETER
+STATE = pb.ROLE_STATE
+CONSTANT = pb.ROLE_CONSTANT
+
+ROLES: Mapping[pb.Role, str] = {PARAMETER: "parameter", STATE: "state", CONSTANT: "constant"}
+"""The roles in buffer order, and what people call them."""
+
+SERVED: Mapping[pb.Role, Mapping[str, np.dtype]] = {
+    PARAMETER: FLOATING,
+    STATE: {**FLOATING, **INTEGER},
+    CONSTANT: DTYPES,
+}
+"""What the tensors of each role can be made of."""
+
+Described = tuple[str, np.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
 
 
 class LayoutError(ValueError):
@@ -80,8 +105,9 @@ class TensorSpec:
         return self.offset + self.nbytes
 
     def describe(self) -> str:
-        """For people: `float32[784,64]`."""
-        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+        """For people: `float32[784,64]`, and its role where it is no parameter."""
+        what = f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+        return what if self.role == PARAMETER else f"{what} {ROLES[self.role]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +117,31 @@ class Layout:
     tensors: tuple[TensorSpec, ...]
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
-        """Lay out parameters given as (name, dtype, shape), in the order given.
+    def of(
+        cls,
+        parameters: Iterable[Described],
+        state: Iterable[Described] = (),
+        constants: Iterable[Described] = (),
+    ) -> Layout:
+        """Lay out tensors, those of each role in the order given.
 
         Raises:
-          LayoutError: A name is empty or used twice, a dtype cannot be served,
-            or there is no tensor at all.
+          LayoutError: A name is empty or used twice, a dtype cannot be served
+            in that role, or there is no parameter at all.
         """
-        known = []
-        for name, dtype, shape in tensors:
-            found = _dtype(name, np.dtype(dtype).name)
-            if found != np.dtype(dtype):
-                raise LayoutError(f"{name!r} is big-endian; parameters are little-endian")
-            known.append((name, found, tuple(shape)))
-        return cls(_checked(list(cls.unchecked(known).tensors)))
+        specs: list[TensorSpec] = []
+        end = 0
+        for role, tensors in zip(ROLES, (parameters, state, constants), strict=True):
+            for name, dtype, shape in tensors:
+                found = _dtype(name, np.dtype(dtype).name, role)
+                if found != np.dtype(dtype):
+                    raise LayoutError(f"{name!r} is big-endian; tensors are little-endian")
+                specs.append(TensorSpec(name, role, found, tuple(shape), _aligned(end)))
+                end = specs[-1].end
+        return cls(_checked(specs))
 
     @classmethod
-    def unchecked(cls, arrays: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> Layout:
+    def unchecked(cls, arrays: Iterable[Described]) -> Layout:
         """Lay out arrays that need not be parameters, such as those that stand for some."""
         specs: list[TensorSpec] = []
         end = 0
@@ -125,7 +159,7 @@ class Layout:
             rules of the .proto.
         """
         specs = [
-            TensorSpec(t.name, t.role, _dtype(t.name, t.dtype), tuple(t.shape), t.offset)
+            TensorSpec(t.name, t.role, _dtype(t.name, t.dtype, t.role), tuple(t.shape), t.offset)
             for t in message.tensors
         ]
         return cls(_checked(specs))
@@ -145,9 +179,21 @@ class Layout:
         """Size of the flat buffer, in bytes."""
         return self.tensors[-1].end
 
+    def count(self, role: pb.Role) -> int:
+        """Tensors of this role."""
+        return sum(t.role == role for t in self.tensors)
+
     @functools.cached_property
-    def element_count(self) -> int:
-        return sum(math.prod(t.shape) for t in self.tensors)
+    def moving(self) -> Layout:
+        """Of what updates move, the parameters and the state: all but the constants."""
+        if not self.count(CONSTANT):
+            return self
+        return Layout(tuple(t for t in self.tensors if t.role != CONSTANT))
+
+    @functools.cached_property
+    def parameter_count(self) -> int:
+        """Numbers in the parameters."""
+        return sum(math.prod(t.shape) for t in self.tensors if t.role == PARAMETER)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -234,17 +280,22 @@ def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def _dtype(name: str, text: str) -> np.dtype:
-    if text not in DTYPES:
-        raise LayoutError(f"{name!r} has dtype {text!r}; a parameter is one of {', '.join(DTYPES)}")
-    return DTYPES[text]
+def _dtype(name: str, text: str, role: pb.Role) -> np.dtype:
+    if role not in ROLES:
+        raise LayoutError(f"{name!r} has role {role}, which is none")
+    known = SERVED[role]
+    if text not in known:
+        raise LayoutError(
+            f"{name!r} has dtype {text!r}; a {ROLES[role]} is one of {', '.join(known)}"
+        )
+    return known[text]
 
 
 def _checked(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
-    if not specs:
-        raise LayoutError("there is no tensor to train: `init` gave an empty tree")
+    if not specs or specs[0].role != PARAMETER:
+        raise LayoutError("there is no tensor to train: `init` gave no parameter")
     seen: set[str] = set()
-    end = 0
+    end, role = 0, PARAMETER
     for spec in specs:
         if not spec.name:
             raise LayoutError(f"tensor {len(seen)} has no name")
@@ -253,9 +304,10 @@ def _checked(specs: list[TensorSpec]) -> tuple[TensorSpec, ...]:
         if spec.name in seen:
             raise LayoutError(f"two tensors are called {spec.name!r}; names must be unique")
         seen.add(spec.name)
-        _dtype(spec.name, spec.dtype.name)
-        if spec.role != PARAMETER:
-            raise LayoutError(f"{spec.name!r} has role {spec.role}; only parameters are served")
+        _dtype(spec.name, spec.dtype.name, spec.role)
+        if spec.role < role:
+            raise LayoutError(f"{spec.name!r}, a {ROLES[spec.role]}, comes after a {ROLES[role]}")
+        role = spec.role
         # Without the zeros, so that [2**63, 0] is seen for what it is; and not
         # before the axes were counted, for millions of them take minutes.
         if (

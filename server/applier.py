@@ -193,7 +193,7 @@ class Applier:
         """With the gradient in memory of our own: what is logged must be what is applied."""
         if not contribution.is_shared or not self._store.reads_in_place:
             return contribution
-        gradient = self._store.layout.empty()
+        gradient = self._store.layout.moving.empty()
         gradient[:] = contribution.gradient
         return dataclasses.replace(contribution, gradient=gradient, is_shared=False)
 
@@ -215,4 +215,4 @@ def _noted(contribution: Contribution, compensates: bool, is_summed: bool) -> li
     noted: list[Any] = [
         c.position, c.base, c.worker, crc32c(c.gradient.data) if is_summed else None,
     ]  # fmt: skip
-    return [*noted, PLAIN] if compensates and c.base_leaves is None else noted
+    return [*noted, PLAIN] if compensates and c.base_params is None else noted

@@ -76,7 +76,7 @@ def check_task(loaded: LoadedTask) -> Report:
     from headwater.server.order import BatchOrder
     from headwater.server.store import NotFinite, Store, initial
     from headwater.worker.data import batch_rng
-    from headwater.worker.evaluate import numbers
+    from headwater.worker.evaluate import evaluated_by
     from headwater.worker.gradient import GradientFunction
 
     task = loaded.task
@@ -91,11 +91,11 @@ def check_task(loaded: LoadedTask) -> Report:
     )
     optimizer = resolve(task.optimizer, order.total)
     tree = task.tree
-    params, init_s = _timed(lambda: task.init(jax.random.key(task.seed)))
-    tree.check(params)
-    check(optimizer, params)
+    made, init_s = _timed(lambda: task.init(jax.random.key(task.seed)))
+    tree.check(made)
+    check(optimizer, tree.trained_shapes)
     try:
-        store = Store(tree, optimizer, initial(tree, params, optimizer))
+        store = Store(tree, optimizer, initial(tree, made, optimizer))
     except NotFinite as error:
         raise UsageError(f"Task.init gave weights that are not finite: {error}") from None
     layout = store.layout
@@ -104,10 +104,10 @@ def check_task(loaded: LoadedTask) -> Report:
     batch, load_s = _median(lambda: task.dataset.batch(indices, batch_rng(task.seed, 0, 0)))
     function = GradientFunction(task, task.seed)
     compile_s = function.compile(batch)
-    leaves = [np.asarray(leaf) for leaf in store.current.leaves]
+    leaves = [np.asarray(leaf) for leaf in store.current.tensors]
     gradient, gradient_s = _median(lambda: function(leaves, [(batch, 0, 0)]))
-    buffer = layout.empty()
-    layout.pack(map(np.asarray, gradient.leaves), buffer)
+    buffer = layout.moving.empty()
+    layout.moving.pack(map(np.asarray, gradient.leaves), buffer)
     try:
         _, update_s = _timed(lambda: store.apply(buffer, gradient.loss, 0))
     except NotFinite as error:
@@ -117,12 +117,11 @@ def check_task(loaded: LoadedTask) -> Report:
 
     evaluation, evaluate_s = None, None
     if task.evaluate is not None:
-        found, evaluate_s = _timed(lambda: task.evaluate(params))  # type: ignore[misc]
-        evaluation = numbers(found)
+        evaluation, evaluate_s = _timed(lambda: evaluated_by(task, leaves))
     return Report(
         task=loaded.name,
-        parameters=layout.element_count,
-        gradient_bytes=layout.total_bytes,
+        parameters=layout.parameter_count,
+        gradient_bytes=layout.moving.total_bytes,
         tensors={spec.name: spec.describe() for spec in layout.tensors},
         examples=order.example_count,
         batch_size=order.batch_size,
@@ -158,7 +157,7 @@ def _describe(batch: Any) -> dict[str, str]:
 def _notes(task: Task, gradient: Gradient) -> list[str]:
     still = [
         name
-        for name, leaf in zip(task.tree.names, gradient.leaves, strict=True)
+        for name, leaf in zip(task.tree.names, task.tree.split(gradient.leaves)[0], strict=False)
         if leaf.size and not leaf.any()
     ]
     notes = []

@@ -27,7 +27,7 @@ class Weighed(Protocol):
     @property
     def loss(self) -> float: ...
     @property
-    def base_leaves(self) -> tuple[jax.Array, ...] | None: ...
+    def base_params(self) -> tuple[jax.Array, ...] | None: ...
 
 
 def combine(
@@ -47,7 +47,7 @@ def combine(
     if len(gradients) > 1:
         sizes = [each.examples for each in of]
         return mean(gradients, sizes), mean_loss([each.loss for each in of], sizes)
-    base = of[0].base_leaves
+    base = of[0].base_params
     if policy.compensate is None or base is None:
         return gradients[0], of[0].loss
     return _compensated(gradients[0], weights, base, policy.compensate), of[0].loss
@@ -71,7 +71,7 @@ def mean_loss(losses: Sequence[float], sizes: Sequence[int]) -> float:
 
 @jax.jit
 def _weighed(gradient: tuple[Any, ...], size: Any) -> tuple[Any, ...]:
-    return tuple(_wide(g) * size.astype(_wide(g).real.dtype) for g in gradient)
+    return tuple(wide(g) * size.astype(wide(g).real.dtype) for g in gradient)
 
 
 @jax.jit
@@ -93,12 +93,13 @@ def _divided(total: tuple[Any, ...], size: Any, like: tuple[Any, ...]) -> tuple[
 def _compensated(gradient: Any, weights: Any, base: Any, strength: Any) -> list[Any]:
     found = []
     for g, w, b in zip(gradient, weights, base, strict=True):
-        wide, gap = _wide(g), _wide(w) - _wide(b)
-        factor = jnp.asarray(strength, wide.real.dtype)
-        found.append((wide + factor * wide * wide.conj() * gap).astype(g.dtype))
+        own, gap = wide(g), wide(w) - wide(b)
+        factor = jnp.asarray(strength, own.real.dtype)
+        found.append((own + factor * own * own.conj() * gap).astype(g.dtype))
     return found
 
 
-def _wide(x: Any) -> jax.Array:
+def wide(x: Any) -> jax.Array:
+    """With at least float32's precision, to compute with."""
     x = jnp.asarray(x)
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

@@ -14,25 +14,27 @@ import numpy as np
 
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.settings import Settings
-from headwater.worker.tree import ParameterTree, PyTree
+from headwater.worker.tree import ModelTree, PyTree
 
 KEPT_UPDATES = 8
 """Kept for numbers that may be set again, beside those that are needed."""
 
 
 class CompiledUpdates:
-    """One optimizer's updates of parameters like these. May be used by several threads."""
+    """One optimizer's updates of a model like this. May be used by several threads."""
 
-    def __init__(self, tree: ParameterTree, optimizer: AbstractOptimizer) -> None:
+    def __init__(self, tree: ModelTree, optimizer: AbstractOptimizer) -> None:
         self._optimizer = optimizer
-        self._params = tree.shapes
+        self._params = tree.trained_shapes
+        _, self._model_state, _ = tree.split(tree.shapes)
         self._compiled: dict[Any, Any] = {}
 
     def get(self, settings: Settings) -> tuple[Any, dict[str, float], bool]:
         """The update, the numbers that it takes, and whether it takes a scale.
 
-        Called with gradient, state, parameters, loss and `extras`, it gives parameters,
-        state, and whether it came out finite.
+        Called with gradient, optimizer state, parameters, loss, the model's next state and
+        `extras`, it gives parameters, optimizer state, a copy of the model's state, and
+        whether all came out finite.
 
         Raises:
           OptimizerError: A number cannot be set to that.
@@ -46,7 +48,7 @@ class CompiledUpdates:
             state = jax.eval_shape(self._optimizer.init, self._params)
             loss = np.zeros((), np.float32)
             more = extras(live, 1.0 if scale else None)
-            arguments = [self._params, state, self._params, loss, *more]
+            arguments = [self._params, state, self._params, loss, self._model_state, *more]
             compiled = jax.jit(_checked(optimizer)).lower(*arguments).compile()
             self._compiled[key] = compiled
         return compiled, live, scale
@@ -82,8 +84,9 @@ def extras(live: dict[str, float], scale: float | None) -> list[Any]:
     return [live] if live else []
 
 
-def _checked(optimizer: AbstractOptimizer) -> Callable[..., tuple[PyTree, PyTree, jax.Array]]:
-    """The update, and whether its loss is finite, its gradient, and the weights after it.
+def _checked(optimizer: AbstractOptimizer) -> Callable[..., Any]:
+    """The update, and whether its loss, its gradient, the weights after it and the model's
+    state are finite.
 
     The weights are made NaN where the gradient is not finite, whatever the optimizer would
     have made of it, so that they alone need be looked at: reading a large gradient twice
@@ -91,11 +94,18 @@ def _checked(optimizer: AbstractOptimizer) -> Callable[..., tuple[PyTree, PyTree
     """
 
     def apply(
-        grads: PyTree, state: PyTree, params: PyTree, loss: jax.Array, *extras: Any
-    ) -> tuple[PyTree, PyTree, jax.Array]:
+        grads: PyTree,
+        state: PyTree,
+        params: PyTree,
+        loss: jax.Array,
+        model_state: list[jax.Array],
+        *extras: Any,
+    ) -> tuple[PyTree, PyTree, list[jax.Array], jax.Array]:
         params, state = optimizer.apply(grads, state, params, loss, *extras)
         params = jax.tree.map(_finite_as, params, grads)
-        return params, state, all_finite([loss, *jax.tree.leaves(params)])
+        model_state = list(map(jnp.copy, model_state))  # else JAX would give back what it was given
+        is_finite = all_finite([loss, *jax.tree.leaves(params), *model_state])
+        return params, state, model_state, is_finite
 
     return apply
 

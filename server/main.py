@@ -309,7 +309,7 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
         order, layout = prepared.rounds.order, prepared.store.layout
         log.info(
             "%s: %s parameters in %d tensors; %s; %d epochs of %d batches of %d",
-            loaded.name, f"{layout.element_count:,}", len(layout.tensors),
+            loaded.name, f"{layout.parameter_count:,}", len(layout.tensors),
             prepared.optimizer_text, order.epochs, order.per_epoch, order.batch_size,
         )  # fmt: skip
         log.info("run directory %s", prepared.run_dir.path)

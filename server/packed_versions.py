@@ -14,15 +14,16 @@ class PackedVersions:
     """Packs versions. May be used by several threads.
 
     Args:
-      model: The layout of the weights.
+      sent: The layout of the tensors that are sent, the first ones of a version's.
       compression: How they are sent.
     """
 
-    def __init__(self, model: Layout, compression: Compression) -> None:
-        self.layout = compression.packed(model)
-        """Of what is sent."""
-        self._pack = Pack(model, compression)
+    def __init__(self, sent: Layout, compression: Compression) -> None:
+        self.layout = compression.packed(sent)
+        """Of what crosses the wire for them."""
+        self._count = len(sent.tensors)
+        self._pack = Pack(sent, compression)
 
     def arrays(self, published: Published) -> list[np.ndarray]:
         """What is sent, in the order of `layout`."""
-        return self._pack(published.leaves)
+        return self._pack(published.tensors[: self._count])

@@ -21,7 +21,7 @@ from headwater.server.store import NotFinite, Store, initial
 from headwater.worker.data import Generated
 from headwater.worker.load import LoadedTask
 from headwater.worker.task import Task
-from headwater.worker.tree import ParameterTree, PyTree
+from headwater.worker.tree import ModelTree, PyTree
 from headwater.worker.user_code import guard_user_code
 
 OUTER_OPTIMIZER = "sgd(0.7, momentum=0.9, nesterov=True)"
@@ -74,19 +74,19 @@ def first_store(
     """
     task = loaded.task
     if init is not None:
-        params = _weights_of(Path(init), task.tree)
+        made = _weights_of(Path(init), task.tree)
     else:
         with guard_user_code("Task.init raised"):
-            params = task.init(jax.random.key(seed))
-    task.tree.check(params)
+            made = task.init(jax.random.key(seed))
+    task.tree.check(made)
     try:
-        return Store(task.tree, optimizer, initial(task.tree, params, optimizer, settings=settings))
+        return Store(task.tree, optimizer, initial(task.tree, made, optimizer, settings=settings))
     except NotFinite as error:
         whose = "Task.init gave" if init is None else f"{init} has"
         raise UsageError(f"{whose} weights that are not finite: {error}") from None
 
 
-def _weights_of(path: Path, tree: ParameterTree) -> PyTree:
+def _weights_of(path: Path, tree: ModelTree) -> PyTree:
     """The task's tree with the weights of a safetensors file, floats of another width cast.
 
     Raises:
@@ -103,10 +103,9 @@ def _weights_of(path: Path, tree: ParameterTree) -> PyTree:
         raise UsageError(f"--init {path}: {error}") from None
     leaves = []
     for spec, leaf in zip(tree.layout.tensors, found, strict=True):
-        is_kind = jnp.issubdtype(leaf.dtype, jnp.complexfloating) == jnp.issubdtype(
-            spec.dtype, jnp.complexfloating
-        )
-        if not is_kind or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        is_float = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in (leaf.dtype, spec.dtype))
+        is_kind = jnp.iscomplexobj(leaf) == jnp.issubdtype(spec.dtype, jnp.complexfloating)
+        if leaf.dtype != spec.dtype and not (is_float and is_kind):
             raise UsageError(
                 f"--init {path}: {spec.name} is {leaf.dtype.name}, the model's is {spec.dtype.name}"
             )

@@ -8,7 +8,6 @@ import logging
 import socket
 from typing import Any
 
-import jax
 import numpy as np
 
 from headwater.protos.errors import UsageError
@@ -128,7 +127,7 @@ def _prepare(
     order = rounds.order
     updates = rounds.updates(Dial.parse(config.consistency or "async"))
     optimizer = resolve(config.optimizer or task.optimizer, updates)
-    check(optimizer, jax.eval_shape(task.init, jax.random.key(order.seed)))
+    check(optimizer, task.tree.trained_shapes)
     if rounds.steps > 1:
         _check_inner_optimizer(task, rounds, config.inner_optimizer)
     first_of = loaded, optimizer, order.seed, _settings(Settings(), config), config.init

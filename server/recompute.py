@@ -28,7 +28,15 @@ from headwater.server.plan import first_store
 from headwater.server.rounds import Rounds
 from headwater.server.settings import Settings
 from headwater.server.snapshots import handed_over
-from headwater.server.store import Contribution, Diverged, NotFinite, Published, Store
+from headwater.server.store import (
+    Base,
+    Contribution,
+    Diverged,
+    NotFinite,
+    Published,
+    Store,
+    base_of,
+)
 from headwater.server.survey import Survey
 from headwater.worker.compression import Pack
 from headwater.worker.forms import Forms
@@ -79,7 +87,7 @@ class Recomputation:
         self._gradient: AbstractGradientFunction | None = None
         self._forms: Forms | None = None
         self._sent: Pack | None = None
-        self._kept: dict[int, tuple[jax.Array, ...]] = {}
+        self._kept: dict[int, Published] = {}
         self._buffers: list[Bytes] = []
         self.difference: Difference | None = None
         """Why it ended early."""
@@ -186,7 +194,7 @@ class Recomputation:
             )
         layout = task.tree.layout
         self._forms = Forms(layout, line["compression"], line["pull_dtype"] or "", order.seed)
-        self._sent = Pack(layout, pulls(line["pull_dtype"]))
+        self._sent = Pack(layout.moving, pulls(line["pull_dtype"]))
         self._buffers = []
         self._servers_platform = line["compute"].get("platform")
         with _on(self._servers_platform):
@@ -226,7 +234,7 @@ class Recomputation:
                     self._rounds.size(position),
                     loss,
                     gradient,
-                    base_leaves=None if PLAIN in marks else self._kept[base],
+                    kept=self._base(base, is_plain=PLAIN in marks),
                 )
             )
         try:
@@ -276,20 +284,27 @@ class Recomputation:
         for batch in self._rounds.batches(position):
             at = self._rounds.order.id(batch)
             steps.append((self._loader.take(self._key(batch)), at.epoch, at.number))
-        weights = sent(self._kept[base])
+        weights = sent(self._kept[base].leaves)
         _, epoch, first = steps[0]
         with _on(self._platform):
-            gradient = self._gradient(forms.unpack(weights), steps)
+            unpacked = [*forms.unpack(weights), *self.current.constants]
+            gradient = self._gradient(unpacked, steps)
             pushed = forms.pack(gradient.leaves, epoch, first)
         while number >= len(self._buffers):
             self._buffers.append(forms.pushed.empty())
         forms.pushed.pack(pushed, self._buffers[number])
         return gradient.loss, self._buffers[number]
 
+    def _base(self, version: int, *, is_plain: bool) -> Base:
+        """What the server had kept of a version, with the settings that hold now."""
+        then = dataclasses.replace(self._kept[version], settings=self.current.settings)
+        base = base_of(then, self.store.layout)
+        return dataclasses.replace(base, params=None) if is_plain else base
+
     def _keep(self) -> None:
         version = self.current.version
         if self._survey.last_used[version] > version:
-            self._kept[version] = self.current.leaves
+            self._kept[version] = dataclasses.replace(self.current, optimizer_state=None)
 
     def _drop(self, line: Line) -> None:
         for _, base, *_ in line["u"]:

@@ -26,7 +26,7 @@ from headwater.server.settings import Settings
 from headwater.server.snapshots import restored
 from headwater.server.store import Diverged, Step, Store
 from headwater.server.update_log import Recovery
-from headwater.worker.tree import ParameterTree
+from headwater.worker.tree import ModelTree
 
 log = logging.getLogger("headwater.server")
 
@@ -56,7 +56,7 @@ class Recovered:
 def recover(
     snapshot: Snapshot,
     recovery: Recovery,
-    tree: ParameterTree,
+    tree: ModelTree,
     optimizer: AbstractOptimizer,
     *,
     incarnation: int,
@@ -67,7 +67,7 @@ def recover(
     Args:
       snapshot: The newest whole one.
       recovery: Of the log beside it.
-      tree: Of the task's parameters.
+      tree: Of the task's model.
       optimizer: The one that made the log's updates.
       incarnation: This one.
       software: Library to version, now.
@@ -172,10 +172,10 @@ def _replay(record: Record, store: Store) -> None:
         return
     gradient: Any = np.frombuffer(record.gradient, np.uint8)
     if gradient.ctypes.data % 64:  # the tensors in it have to be aligned
-        aligned = store.layout.empty()
+        aligned = store.layout.moving.empty()
         aligned[:] = gradient
         gradient = aligned
-    leaves = list(store.layout.views(gradient).values())
+    leaves = list(store.layout.moving.views(gradient).values())
     staleness = max(store.current.version - base for _, base, *_ in record.detail)
     store.move(Step(leaves, record.loss, _positions(record), staleness))
 

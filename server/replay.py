@@ -202,7 +202,7 @@ def _save(out: Path, loaded: LoadedTask, surveyed: Survey, again: Recomputation)
 
     assert again.same is not None
     names = loaded.task.tree.names
-    weights = dict(zip(names, map(np.asarray, again.same.leaves), strict=True))
+    weights = dict(zip(names, map(np.asarray, again.same.tensors), strict=True))
     facts = {
         "run_id": surveyed.run_id,
         "task": loaded.name,

@@ -60,10 +60,10 @@ class Run:
         self.identity = identity
         self.config = config
         self.layout = store.layout
-        self.pushed = config.pushes.packed(self.layout)
-        """What stands for a gradient on the wire."""
-        self.pulled = config.pulls.packed(self.layout)
-        """What stands for a version's weights there."""
+        self.pushed = config.pushes.packed(self.layout.moving)
+        """What stands for a gradient, and the new state, on the wire."""
+        self.pulled = config.pulls.packed(self.layout.moving)
+        """What stands for a version's weights there, constants left out."""
         self.staging = Staging(self.pushed, config.max_staged_bytes)
         self.roster = Roster()
         self.refusals = Refusals()

@@ -83,7 +83,7 @@ class Serving:
         self._done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         layout = prepared.store.layout
         door = open_door(prepared.config.transport)
-        packed = PackedVersions(layout, prepared.config.pulls)
+        packed = PackedVersions(layout.moving, prepared.config.pulls)
         readers = Encoder(PackedVersions(layout, NONE))
         self._ways = Ways(Encoder(packed), readers, VersionSlots(packed), door)
         self._health = health.aio.HealthServicer()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
 from headwater.server.store import Published
-from headwater.worker.tree import ParameterTree, PyTree
+from headwater.worker.tree import ModelTree, PyTree
 
 log = logging.getLogger("headwater.server")
 
@@ -120,7 +120,7 @@ class Snapshots:
 def arrays_of(layout: Layout, published: Published) -> tuple[dict[str, np.ndarray], str]:
     """A version's arrays by name, and how the names of the optimizer's begin."""
     names = [spec.name for spec in layout.tensors]
-    arrays = dict(zip(names, map(np.asarray, published.leaves), strict=True))
+    arrays = dict(zip(names, map(np.asarray, published.tensors), strict=True))
     prefix = "optimizer/"
     while any(name.startswith(prefix) for name in names):
         prefix = f"_{prefix}"
@@ -131,7 +131,7 @@ def arrays_of(layout: Layout, published: Published) -> tuple[dict[str, np.ndarra
 
 
 def restored(
-    snapshot: Snapshot, tree: ParameterTree, optimizer: AbstractOptimizer, incarnation: int
+    snapshot: Snapshot, tree: ModelTree, optimizer: AbstractOptimizer, incarnation: int
 ) -> Published:
     """The version that a snapshot holds.
 
@@ -146,13 +146,16 @@ def restored(
                 f"the run's snapshot has {_describe(found)} for {spec.name}, the task has "
                 f"{spec.describe()}: it is a run of another task"
             )
-    weights = tuple(jnp.asarray(arrays[spec.name]) for spec in tree.layout.tensors)
-    state = _state(arrays, facts.optimizer_prefix, facts.optimizer, weights, tree, optimizer)
+    params, state, constants = tree.split(
+        [jnp.asarray(arrays[spec.name]) for spec in tree.layout.tensors]
+    )
+    prefix, text = facts.optimizer_prefix, facts.optimizer
     return Published(
         incarnation=incarnation,
         version=facts.version,
-        leaves=weights,
-        optimizer_state=state,
+        leaves=(*params, *state),
+        constants=tuple(constants),
+        optimizer_state=_state(arrays, prefix, text, params, tree, optimizer),
         applied=_ranges(facts.applied),
         left_out=_ranges(facts.left_out),
         settings=Settings.from_json(facts.settings),
@@ -161,7 +164,7 @@ def restored(
 
 def handed_over(
     published: Published,
-    tree: ParameterTree,
+    tree: ModelTree,
     before: AbstractOptimizer,
     optimizer: AbstractOptimizer,
     incarnation: int,
@@ -175,10 +178,12 @@ def handed_over(
       UsageError: The state does not fit the new optimizer.
     """
     arrays, prefix = arrays_of(tree.layout, published)
-    weights = tuple(jnp.asarray(arrays[spec.name]) for spec in tree.layout.tensors)
-    state = _state(arrays, prefix, before.text, weights, tree, optimizer)
+    moving = tree.layout.moving.tensors
+    leaves = tuple(jnp.asarray(arrays[spec.name]) for spec in moving)
+    params, _, _ = tree.split(leaves)
+    state = _state(arrays, prefix, before.text, params, tree, optimizer)
     return dataclasses.replace(
-        published, incarnation=incarnation, leaves=weights, optimizer_state=state
+        published, incarnation=incarnation, leaves=leaves, optimizer_state=state
     )
 
 
@@ -186,12 +191,12 @@ def _state(
     arrays: Mapping[str, np.ndarray],
     prefix: str,
     trained_with: str,
-    weights: tuple[jax.Array, ...],
-    tree: ParameterTree,
+    params: Sequence[jax.Array],
+    tree: ModelTree,
     optimizer: AbstractOptimizer,
 ) -> PyTree:
     """The optimizer's state from its arrays, in the tree that `init` gives."""
-    template = optimizer.init(tree.restore(weights))
+    template = optimizer.init(tree.trained.restore(params))
     names = _state_names(template, prefix)
     kept = {name for name in arrays if name.startswith(prefix)}
     leaves = jax.tree.leaves(template)

@@ -42,7 +42,7 @@ def status(run: Run) -> pb.StatusReply:
             nonfinite=run.refusals.total,
             malformed=run.figures.malformed_count,
         ),
-        parameters=run.layout.element_count,
+        parameters=run.layout.parameter_count,
         bytes_in=run.figures.bytes_in,
         bytes_out=run.figures.bytes_out,
         workers=[

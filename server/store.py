@@ -17,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from headwater.protos.compression import NONE, Compression
-from headwater.protos.layout import Bytes, Layout
+from headwater.protos.layout import PARAMETER, Bytes, Layout
 from headwater.server.combine import combine
 from headwater.server.compiled_updates import CompiledUpdates, all_finite, extras, wide
+from headwater.server.model_state import merged
 from headwater.server.optimizer import AbstractOptimizer
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
 from headwater.worker.compression import Unpack
-from headwater.worker.tree import ParameterTree, PyTree
+from headwater.worker.tree import ModelTree, PyTree
 
 Leaves = Sequence[Any]
-"""Arrays of the parameters' shapes and dtypes, in layout order."""
+"""Arrays of the shapes and dtypes of what moves, the parameters and the state, in layout order."""
 
 
 class NotFinite(ValueError):
@@ -45,12 +46,40 @@ class Published:
     incarnation: int
     version: int
     leaves: tuple[jax.Array, ...]
-    """The weights, in layout order."""
+    """The parameters and the state, in layout order."""
     optimizer_state: PyTree
     applied: Ranges
     """Positions of the batches that are done with, those left out included."""
     left_out: Ranges
     settings: Settings = dataclasses.field(default_factory=Settings)
+    constants: tuple[jax.Array, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[jax.Array, ...]:
+        """All of them, in layout order."""
+        return *self.leaves, *self.constants
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base:
+    """What is kept of a version while gradients are computed at it."""
+
+    params: tuple[jax.Array, ...] | None = None
+    """Where the staleness policy needs them."""
+    state: tuple[jax.Array, ...] = ()
+
+
+NOT_KEPT = Base()
+
+
+def base_of(published: Published, layout: Layout) -> Base:
+    """What has to be kept of a version."""
+    count = layout.count(PARAMETER)
+    compensates = published.settings.staleness.compensate is not None
+    if not compensates and count == len(published.leaves):
+        return NOT_KEPT
+    params, state = published.leaves[:count], published.leaves[count:]
+    return Base(params if compensates else None, state)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,17 +96,22 @@ class Contribution:
     """The flat buffer, as it was pushed; uint8."""
     worker: str = ""
     """As the history names it."""
-    base_leaves: tuple[jax.Array, ...] | None = None
-    """The weights of that version, where the staleness policy needs them."""
+    kept: Base = NOT_KEPT
+    """Of the version that it was computed at."""
     is_shared: bool = False
     """Whether its worker could still write it."""
+
+    @property
+    def base_params(self) -> tuple[jax.Array, ...] | None:
+        return self.kept.params
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Step:
-    """What the optimizer is given for one update."""
+    """What one update is made of."""
 
     leaves: Leaves
+    """The optimizer's gradient, and the next state."""
     loss: float
     positions: tuple[int, ...]
     staleness: int
@@ -87,31 +121,35 @@ class Step:
 
 
 def initial(
-    tree: ParameterTree,
-    params: PyTree,
+    tree: ModelTree,
+    made: PyTree,
     optimizer: AbstractOptimizer,
     incarnation: int = 1,
     settings: Settings = Settings(),  # noqa: B008  (frozen)
 ) -> Published:
     """Version 0 of a run, from what `Task.init` gave."""
-    leaves = tuple(jnp.array(leaf) for leaf in tree.leaves(params))  # a copy: they stay the user's
-    state = optimizer.init(tree.restore(leaves))
-    return Published(incarnation, 0, leaves, state, Ranges(), Ranges(), settings)
+    tensors = [jnp.array(leaf) for leaf in tree.leaves(made)]  # a copy: they stay the user's
+    params, state, constants = tree.split(tensors)
+    optimizer_state = optimizer.init(tree.trained.restore(params))
+    leaves = (*params, *state)
+    return Published(
+        incarnation, 0, leaves, optimizer_state, Ranges(), Ranges(), settings, tuple(constants)
+    )
 
 
 class Store:
     """The newest version, and `move`, which makes the next one.
 
     Args:
-      tree: Of the parameters.
-      optimizer: Moves them.
+      tree: Of the model.
+      optimizer: Moves its parameters.
       start: The version to go on from.
 
     Raises:
       NotFinite: Its weights are not finite.
     """
 
-    def __init__(self, tree: ParameterTree, optimizer: AbstractOptimizer, start: Published) -> None:
+    def __init__(self, tree: ModelTree, optimizer: AbstractOptimizer, start: Published) -> None:
         self._tree = tree
         self._updates = CompiledUpdates(tree, optimizer)
         self.optimizer = optimizer
@@ -119,7 +157,7 @@ class Store:
         loss = np.zeros((), np.float32)
         # Compiled here, so that the first push does not wait for it.
         self._is_finite = jax.jit(_is_finite).lower(start.leaves, loss).compile()
-        self._unpack = Unpack(tree.layout, NONE)
+        self._unpack = Unpack(tree.layout.moving, NONE)
         self.prepare(start.settings)
         self._check(start.leaves, loss)
 
@@ -129,11 +167,11 @@ class Store:
 
     def receive(self, compression: Compression) -> None:
         """Take gradients that are compressed like this from now on."""
-        self._unpack = Unpack(self.layout, compression)
+        self._unpack = Unpack(self.layout.moving, compression)
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether a gradient is used as it was pushed, where it lies."""
+        """Whether what was pushed is used as it is, where it lies."""
         return self._unpack.is_view
 
     # ------------------------------------------------------------- changing
@@ -202,19 +240,30 @@ class Store:
     def step(self, contributions: Sequence[Contribution]) -> Step:
         """Put an update together from its gradients, in the order of their batches."""
         before = self.current
-        gradients = [self._unpack(c.gradient) for c in contributions]
+        split = self._tree.split
+        pushed = [self._unpack(c.gradient) for c in contributions]
         leaves, loss = combine(
-            gradients,
+            [split(each)[0] for each in pushed],
             contributions,
-            before.leaves,
+            split(before.leaves)[0],
             before.settings.staleness,
         )
-        is_pushed = leaves is gradients[0] and self.reads_in_place
+        staleness = max(before.version - c.base for c in contributions)
+        state = merged(
+            split(before.leaves)[1],
+            [split(each)[1] for each in pushed],
+            [c.examples for c in contributions],
+            contributions[0].kept.state,
+            staleness,
+        )
+        is_pushed = self.reads_in_place and all(
+            mine is own for mine, own in zip([*leaves, *state], pushed[0], strict=True)
+        )
         return Step(
-            leaves,
+            [*leaves, *state],
             loss,
             tuple(c.position for c in contributions),
-            max(before.version - c.base for c in contributions),
+            staleness,
             contributions[0].gradient if is_pushed else None,
         )
 
@@ -234,26 +283,34 @@ class Store:
             before = self._with(before, settings)
         compiled, live, scale = self._updates.get(settings)
         loss = _loss_array(step.loss)
-        arguments = [
-            self._tree.restore(list(step.leaves)),
-            before.optimizer_state,
-            self._tree.restore(before.leaves),
-            loss,
-            *extras(live, 1.0 / (1.0 + step.staleness) if scale else None),
-        ]
-        params, state, is_finite = compiled(*arguments)
+        trained, split = self._tree.trained, self._tree.split
+        gradient, next_state, _ = split(step.leaves)
+        params, _, _ = split(before.leaves)
+        scales = extras(live, 1.0 / (1.0 + step.staleness) if scale else None)
+
+        def update(gradient: Leaves, next_state: Leaves) -> Any:
+            return compiled(
+                trained.restore(gradient),
+                before.optimizer_state,
+                trained.restore(params),
+                loss,
+                next_state,
+                *scales,
+            )
+
+        after, optimizer_state, model_state, is_finite = update(gradient, next_state)
         # XLA may read the gradient where it lies: it is ours until this is ready.
-        jax.block_until_ready((params, state))
+        jax.block_until_ready((after, optimizer_state, model_state))
         if not is_finite:
-            raise self._reason(step.leaves, loss, lambda own: compiled(own, *arguments[1:]))
+            raise self._reason(step.leaves, loss, update)
         applied = before.applied
         for position in step.positions:
             applied = applied.add(position)
         self.current = dataclasses.replace(
             before,
             version=before.version + 1,
-            leaves=tuple(self._tree.leaves(params)),
-            optimizer_state=state,
+            leaves=(*trained.leaves(after), *model_state),
+            optimizer_state=optimizer_state,
             applied=applied,
         )
         return self.current
@@ -271,18 +328,19 @@ class Store:
     # ------------------------------------------------------------ privately
 
     def _reason(
-        self, gradient: Leaves, loss: np.ndarray, update: Callable[[PyTree], Any]
+        self, leaves: Leaves, loss: np.ndarray, update: Callable[[Leaves, Leaves], Any]
     ) -> NotFinite | Diverged:
         """Why an update made weights that are not finite: by its gradient, or by itself."""
-        own = [np.array(leaf) for leaf in gradient]  # which nobody writes any more
+        own = [np.array(leaf) for leaf in leaves]  # which nobody writes any more
         try:
             self._check(own, loss)
         except NotFinite as error:
             return error
-        params, _, is_finite = update(self._tree.restore(own))
+        gradient, state, _ = self._tree.split(own)
+        params, _, _, is_finite = update(gradient, state)
         if is_finite:
             return NotFinite("it was written while it was used, and was not finite then")
-        bad = self._not_finite(self._tree.leaves(params))
+        bad = self._not_finite(self._tree.trained.leaves(params))
         return Diverged(f"{bad} would not be finite any more; lower the learning rate")
 
     def _check(self, leaves: Leaves, loss: np.ndarray) -> None:
@@ -299,7 +357,7 @@ class Store:
                 int(np.count_nonzero(~np.asarray(jnp.isfinite(wide(leaf))))),
                 np.size(leaf),
             )
-            for spec, leaf in zip(self.layout.tensors, map(jnp.asarray, leaves), strict=True)
+            for spec, leaf in zip(self.layout.tensors, map(jnp.asarray, leaves), strict=False)
         }
         name, (count, size) = next((name, found) for name, found in counts.items() if found[0])
         return f"{count} of the {size} numbers in {name}"

@@ -12,8 +12,6 @@ import logging
 from collections.abc import Callable
 from typing import ParamSpec
 
-import jax
-
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.server import replies
 from headwater.server.acknowledgements import Acknowledgements
@@ -27,7 +25,16 @@ from headwater.server.roster import Member
 from headwater.server.run_state import Run
 from headwater.server.settings import Settings
 from headwater.server.staging import Staged
-from headwater.server.store import Contribution, Diverged, NotFinite, Published, Store
+from headwater.server.store import (
+    NOT_KEPT,
+    Base,
+    Contribution,
+    Diverged,
+    NotFinite,
+    Published,
+    Store,
+    base_of,
+)
 from headwater.server.tickets import Tickets
 from headwater.server.update_log import LogBroken, NoRoom, UpdateLog
 
@@ -81,12 +88,12 @@ class Updates:
         if update_log is not None:
             self.journal = Journal(
                 update_log,
-                run.layout,
+                run.layout.moving,
                 on_synced=_on_loop(self.durable),
                 on_broken=_on_loop(self._log_failed),
                 on_full=_on_loop(self._log_full),
             )
-        self._kept: dict[int, tuple[jax.Array, ...]] = {}  # weights of bases, to compensate
+        self._kept: dict[int, Base] = {}
         self._keep_bases()
         self.applier = Applier(store, _on_loop(self._done_in_thread), self.journal, history)
         if run.settings != store.current.settings:
@@ -140,7 +147,7 @@ class Updates:
             push.loss,
             staged.buffer,
             self._run.worker_name(member),
-            self._kept.get(ticket.base),
+            self._kept.get(ticket.base, NOT_KEPT),
             is_shared=staged.is_shared,
         )
 
@@ -275,11 +282,12 @@ class Updates:
         log.warning("while the server stops: %s", text)
 
     def _keep_bases(self) -> None:
-        """Keep the weights that gradients under way were computed at, where they are needed."""
+        """Keep what is needed of the versions that gradients under way were computed at."""
         run = self._run
-        if run.settings.staleness.compensate is None:
+        now = base_of(run.current, run.layout)
+        if now is NOT_KEPT:
             return
-        kept = {**self._kept, run.current.version: run.current.leaves}
+        kept = {**self._kept, run.current.version: now}
         needed = {*run.admission.bases, run.current.version}
         self._kept = {version: kept[version] for version in needed if version in kept}
 

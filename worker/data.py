@@ -160,7 +160,8 @@ class Generated:
     exactly once as any other does.
 
     Args:
-      make: (params, key) -> batch, from the weights that the gradient is computed at.
+      make: (params, key) -> batch, from the weights that the gradient is computed at;
+        with `Task.has_state`, (params, state, key) -> batch.
       batches_per_epoch: How many make an epoch; None has one epoch go on until the run
         is stopped.
 
@@ -168,9 +169,7 @@ class Generated:
       ValueError: `make` is no function, or the count is not a whole number from 1 on.
     """
 
-    def __init__(
-        self, make: Callable[[Any, Any], Batch], batches_per_epoch: int | None = None
-    ) -> None:
+    def __init__(self, make: Callable[..., Batch], batches_per_epoch: int | None = None) -> None:
         if not callable(make):
             raise ValueError(f"Generated takes a function (params, key) -> batch, not {make!r}")
         count = ENDLESS_BATCHES if batches_per_epoch is None else batches_per_epoch

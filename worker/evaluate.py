@@ -12,8 +12,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import grpc
 import typer
@@ -26,6 +26,7 @@ from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
     from headwater.worker.load import LoadedTask
+    from headwater.worker.task import Task
 
 log = logging.getLogger("headwater.evaluate")
 
@@ -94,7 +95,7 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
             over = is_newest and (read.state in _OVER or read.epoch >= read.epochs)
             if version != evaluated and (over or read.epoch >= request.min_epoch):
                 began = time.perf_counter()
-                metrics = numbers(task.evaluate(task.tree.restore(read.weights.leaves)))
+                metrics = evaluated_by(task, read.weights.leaves)
                 seconds = time.perf_counter() - began
                 evaluated = version
                 found = Evaluation(
@@ -108,6 +109,18 @@ def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[E
             request.wait_s = WAIT_S
     finally:
         reader.close()
+
+
+def evaluated_by(task: Task, leaves: Sequence[Any]) -> dict[str, float]:
+    """What the task's own evaluation finds of these tensors, in layout order.
+
+    Raises:
+      UsageError: See `numbers`.
+    """
+    assert task.evaluate is not None
+    tree = task.tree
+    state = (tree.state(leaves),) if task.has_state else ()
+    return numbers(task.evaluate(tree.params(leaves), *state))
 
 
 def numbers(metrics: object) -> dict[str, float]:

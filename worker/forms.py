@@ -33,12 +33,13 @@ class Forms:
                 f"the server has a form for tensors that this worker does not know: {error}; are "
                 "server and worker of one version?"
             ) from None
-        self.pushed = pushes.packed(layout)
-        """What is sent for a gradient."""
-        self.pulled = pulled.packed(layout)
-        """What is sent for a version's weights."""
-        self.pack = Pack(layout, pushes, seed)
-        self.unpack = Unpack(layout, pulled).arrays
+        moving = layout.moving
+        self.pushed = pushes.packed(moving)
+        """What is sent for a gradient and the new state."""
+        self.pulled = pulled.packed(moving)
+        """What is sent for a version's weights, constants left out."""
+        self.pack = Pack(moving, pushes, seed)
+        self.unpack = Unpack(moving, pulled).arrays
 
     def settle(self, *, applied: bool) -> None:
         """See `Pack`."""

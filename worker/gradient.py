@@ -14,10 +14,14 @@ import numpy as np
 
 from headwater.worker.data import Batch, Generated
 from headwater.worker.task import Task, TaskError
-from headwater.worker.tree import PyTree, described
+from headwater.worker.tree import ModelTree, PyTree, described
 
 Step = tuple[Batch, int, int]
 """A batch, its epoch, and its number in the epoch."""
+
+
+Leaves = list[Any]
+"""Arrays in layout order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Gradient:
     loss: float
     metrics: Mapping[str, float]
     leaves: Sequence[jax.Array]
-    """In layout order; each of its parameter's shape and dtype."""
+    """The gradient and then the new state, in layout order; each of its tensor's shape
+    and dtype."""
 
 
 class AbstractGradientFunction(abc.ABC):
@@ -67,7 +72,7 @@ class AbstractGradientFunction(abc.ABC):
         """What is to be pushed for these batches.
 
         Args:
-          weights: Arrays in layout order. May be written again when this returns.
+          weights: All tensors in layout order. May be written again when this returns.
           steps: The ticket's batches, in its order.
           on_step: Called when one of them has been computed.
         """
@@ -83,26 +88,39 @@ class AbstractGradientFunction(abc.ABC):
         return self._compiled[shapes]
 
     def _loss_and_gradient(
-        self, params: PyTree, batch: Batch, epoch: jax.Array, number: jax.Array
-    ) -> Any:
-        """((loss, metrics), gradient) of one batch, to be traced.
+        self,
+        trained: Leaves,
+        state: Leaves,
+        constants: Leaves,
+        batch: Batch,
+        epoch: jax.Array,
+        number: jax.Array,
+    ) -> tuple[jax.Array, dict[str, Any], Leaves, Leaves]:
+        """(loss, metrics, gradient, new state) of one batch, to be traced.
 
         The loss's key is `fold_in(fold_in(key(seed), epoch), number)`, made inside
         the compiled function, so that a batch gives the same gradient anywhere.
         """
+        task = self._task
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), epoch), number)
 
-        data = self._task.dataset
+        def given(trained: Leaves) -> tuple[PyTree, ...]:
+            leaves = [*trained, *state, *constants]
+            params = task.tree.params(leaves)
+            return (params, task.tree.state(leaves)) if task.has_state else (params,)
+
+        data = task.dataset
         if isinstance(data, Generated):
-            batch = _made(data, params, key)
+            batch = _made(data, given(trained), key)
 
-        def loss(params: PyTree) -> Any:
-            return _split(self._task.loss(params, batch, key))
+        def loss(trained: Leaves) -> Any:
+            value, metrics, after = _split(task.loss(*given(trained), batch, key), task.has_state)
+            return value, (metrics, _new_state(task.tree, after) if task.has_state else [])
 
-        values, grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, (metrics, after)), grads = jax.value_and_grad(loss, has_aux=True)(trained)
         # JAX gives the conjugate of the direction of steepest ascent for complex
         # parameters; optax descends along what it is given.
-        return values, jax.tree.map(_conjugate, grads)
+        return value, metrics, list(map(_conjugate, grads)), after
 
 
 class GradientFunction(AbstractGradientFunction):
@@ -119,16 +137,17 @@ class GradientFunction(AbstractGradientFunction):
         on_step: Callable[[], None] = lambda: None,
     ) -> Gradient:
         ((batch, epoch, number),) = steps
-        (loss, metrics), grads = self._compiled_for(batch)(
-            self._task.tree.restore(weights), batch, np.uint32(epoch), np.uint32(number)
+        loss, metrics, grads, state = self._compiled_for(batch)(
+            *self._task.tree.split(weights), batch, np.uint32(epoch), np.uint32(number)
         )
-        leaves = jax.block_until_ready(self._task.tree.leaves(grads))
+        leaves = jax.block_until_ready([*grads, *state])
         on_step()
         return Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
 
     def _compile(self, batch: Batch) -> Any:
         number = np.zeros((), np.uint32)
-        return self._jitted.lower(self._task.tree.shapes, batch, number, number).compile()
+        tree = self._task.tree
+        return self._jitted.lower(*tree.split(tree.shapes), batch, number, number).compile()
 
 
 MADE = 2**32 - 1
@@ -136,15 +155,44 @@ MADE = 2**32 - 1
 its own, which are those of small numbers."""
 
 
-def _made(data: Generated, params: PyTree, key: jax.Array) -> Batch:
+def _made(data: Generated, given: tuple[PyTree, ...], key: jax.Array) -> Batch:
     """A batch that is a constant to the gradient."""
-    still = jax.tree.map(jax.lax.stop_gradient, params)
-    return jax.tree.map(jax.lax.stop_gradient, data.make(still, jax.random.fold_in(key, MADE)))
+    still = jax.tree.map(jax.lax.stop_gradient, given)
+    return jax.tree.map(jax.lax.stop_gradient, data.make(*still, jax.random.fold_in(key, MADE)))
 
 
-def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:
-    """What a loss may return, checked, as (loss, metrics)."""
-    loss, metrics = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+def _new_state(tree: ModelTree, state: PyTree) -> Leaves:
+    """The leaves of what the loss made of the state.
+
+    Raises:
+      TaskError: It is not of the shapes, dtypes and structure that `init` gave.
+    """
+    layout = tree.layout
+    try:
+        leaves = [jnp.asarray(leaf) for leaf in tree.state_leaves(state)]
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"Task.loss returned a state of another structure: {error}") from None
+    for spec, leaf in zip(tree.split(layout.tensors)[1], leaves, strict=True):
+        if (leaf.shape, leaf.dtype) != (spec.shape, spec.dtype):
+            raise TaskError(
+                f"Task.loss returned {_describe(leaf)} for the state {spec.name}, which is "
+                f"{spec.dtype.name}{list(spec.shape)}; it must stay what it was"
+            )
+    return leaves
+
+
+def _split(value: Any, has_state: bool = False) -> tuple[jax.Array, dict[str, Any], PyTree]:
+    """What a loss may return, checked, as (loss, metrics, state)."""
+    if has_state:
+        if not isinstance(value, tuple) or len(value) != 3:
+            raise TaskError(
+                f"Task.loss returned {_described(value)}; with has_state it returns "
+                "(loss, metrics, state)"
+            )
+        loss, metrics, state = value
+    else:
+        loss, metrics = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+        state = ()
     if _describe(loss) not in _REAL_SCALARS:
         raise TaskError(
             f"Task.loss returned {_describe(loss)}; it must be one real number, the mean over the "
@@ -158,7 +206,7 @@ def _split(value: Any) -> tuple[jax.Array, dict[str, Any]]:
     for name, metric in metrics.items():
         if not isinstance(name, str) or not _is_real_scalar(metric):
             raise TaskError(f"metric {name!r} is {_describe(metric)}, not a scalar")
-    return jnp.asarray(loss), dict(metrics)
+    return jnp.asarray(loss), dict(metrics), state
 
 
 _REAL_SCALARS = {"float16[]", "bfloat16[]", "float32[]", "float64[]"}
@@ -176,6 +224,10 @@ def _describe(value: Any) -> str:
     if isinstance(value, (bool, int, float, complex)) or hasattr(value, "dtype"):
         return f"{jnp.result_type(value).name}{list(jnp.shape(value))}"
     return type(value).__name__
+
+
+def _described(value: Any) -> str:
+    return f"{len(value)} values" if isinstance(value, tuple) else _describe(value)
 
 
 def _conjugate(gradient: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from headwater.worker.gradient import (
     AbstractGradientFunction,
     Gradient,
     GradientFunction,
+    Leaves,
     Step,
 )
 from headwater.worker.optimizer_spec import INNER_OPTION, OPTION, transformation
@@ -75,9 +76,9 @@ class LocalSteps(AbstractGradientFunction):
         updates = epochs * batches_per_epoch if batches_per_epoch < ENDLESS_BATCHES else None
         made, self._text = transformation(optimizer, updates, option=option)
         self._inner = optax.with_extra_args_support(made)
-        self._shapes = self._check(task.tree.shapes)
-        # Weights and inner state of one step are of no use after the next.
-        self._step = jax.jit(self._take_step, donate_argnums=(0, 1))
+        self._shapes = self._check(task.tree.trained_shapes)
+        # What one step has moved is of no use after the next.
+        self._step = jax.jit(self._take_step, donate_argnums=(0, 1, 2))
         self._begin: Any = None
         self._difference: Any = None
 
@@ -90,59 +91,81 @@ class LocalSteps(AbstractGradientFunction):
         walks = [self._compiled_for(batch) for batch, _, _ in steps]
         _, epoch, number = steps[0]
         position = min(epoch * self._per_epoch + number, np.iinfo(np.int32).max)
+        tree = self._task.tree
         # May be the caller's own memory, so it is never donated.
-        base = jax.device_put(self._task.tree.restore(weights))
-        params, state = self._begin(base, np.int32(position))
+        leaves, before, constants = jax.device_put(tree.split(weights))
+        base = tree.trained.restore(leaves)
+        params, inner, state = self._begin(base, before, np.int32(position))
         values: list[Any] = []
         for walk, (batch, epoch, number) in zip(walks, steps, strict=True):
-            params, state, value = walk(params, state, batch, np.uint32(epoch), np.uint32(number))
+            params, inner, state, value = walk(
+                params, inner, state, constants, batch, np.uint32(epoch), np.uint32(number)
+            )
             if values:
                 # The step before: so the device has the next one while this one waits.
                 jax.block_until_ready(values[-1])
                 on_step()
             values.append(value)
-        gradient = self._task.tree.leaves(self._difference(base, params))
+        gradient = [*tree.trained.leaves(self._difference(base, params)), *state]
         jax.block_until_ready(gradient)
         on_step()
         loss, metrics = _means(values, [_example_count(batch) for batch, _, _ in steps])
         return Gradient(loss, metrics, gradient)
 
     def _compile(self, batch: Batch) -> Any:
-        params, _ = self._shapes
+        params, inner = self._shapes
+        tree = self._task.tree
+        _, state, constants = tree.split(tree.shapes)
         if self._begin is None:
-            self._begin = jax.jit(self._start).lower(params, np.zeros((), np.int32)).compile()
+            position = np.zeros((), np.int32)
+            self._begin = jax.jit(self._start).lower(params, state, position).compile()
             subtract = jax.jit(_subtract, donate_argnums=1)
             self._difference = subtract.lower(params, params).compile()
         number = np.zeros((), np.uint32)
-        return self._step.lower(*self._shapes, batch, number, number).compile()
+        return self._step.lower(params, inner, state, constants, batch, number, number).compile()
 
-    def _start(self, base: PyTree, position: jax.Array) -> tuple[PyTree, PyTree]:
-        """The weights and the inner state before the first step.
+    def _start(
+        self, base: PyTree, state: Leaves, position: jax.Array
+    ) -> tuple[PyTree, PyTree, Leaves]:
+        """The weights, the inner state and the model's state before the first step.
 
-        Every array is a copy, also of what the state has of the weights: no two
+        Every array is a copy, also of what the inner state has of the weights: no two
         arrays that are donated together may share memory.
         """
-        state = _move_schedules(self._inner.init(base), position)
-        return jax.tree.map(jnp.copy, (base, state))
+        inner = _move_schedules(self._inner.init(base), position)
+        return jax.tree.map(jnp.copy, (base, inner, state))
 
     def _take_step(
-        self, params: PyTree, state: PyTree, batch: Batch, epoch: jax.Array, number: jax.Array
-    ) -> tuple[PyTree, PyTree, Any]:
-        value, grads = self._loss_and_gradient(params, batch, epoch, number)
-        params, state = self._update(grads, state, params, value[0].astype(jnp.float32))
-        return params, state, value
+        self,
+        params: PyTree,
+        inner: PyTree,
+        state: Leaves,
+        constants: Leaves,
+        batch: Batch,
+        epoch: jax.Array,
+        number: jax.Array,
+    ) -> tuple[PyTree, PyTree, Leaves, tuple[jax.Array, dict[str, Any]]]:
+        trained = self._task.tree.trained
+        loss, metrics, grads, state = self._loss_and_gradient(
+            trained.leaves(params), state, constants, batch, epoch, number
+        )
+        params, inner = self._update(
+            trained.restore(grads), inner, params, loss.astype(jnp.float32)
+        )
+        return params, inner, state, (loss, metrics)
 
     def _update(
-        self, grads: PyTree, state: PyTree, params: PyTree, loss: jax.Array
+        self, grads: PyTree, inner: PyTree, params: PyTree, loss: jax.Array
     ) -> tuple[PyTree, PyTree]:
-        updates, state = self._inner.update(grads, state, params, value=loss)
-        return optax.apply_updates(params, updates), state
+        updates, inner = self._inner.update(grads, inner, params, value=loss)
+        return optax.apply_updates(params, updates), inner
 
     def _check(self, params: PyTree) -> tuple[PyTree, PyTree]:
         """Try the inner optimizer on shapes; those of the parameters and of its state."""
         loss = jax.ShapeDtypeStruct((), jnp.float32)
         try:
-            before = jax.eval_shape(self._start, params, jax.ShapeDtypeStruct((), jnp.int32))
+            position = jax.ShapeDtypeStruct((), jnp.int32)
+            before = jax.eval_shape(self._start, params, [], position)[:2]
             after = jax.eval_shape(self._update, params, before[1], params, loss)
         except Exception as error:
             raise TaskError(

@@ -22,7 +22,9 @@ import numpy as np
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.assembly import Weights
 from headwater.protos.command import expected_run_id
-from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed
+from headwater.protos.errors import HeadwaterError, Reason, Refused, RunFailed, Unreachable
+from headwater.protos.layout import CONSTANT
+from headwater.protos.reading import Reader
 from headwater.protos.rpc import PROTOCOL, Transport
 from headwater.protos.wire import PART_BYTES
 from headwater.worker.compute import fingerprint
@@ -99,7 +101,9 @@ class Worker:
             pipelines=True,
         )
         self._forms = Forms(self._layout)
-        self._weights = Weights(self._layout)
+        self._weights = Weights(self._forms.pulled)
+        self._constants: list[jax.Array] = []
+        self._constants_of = ""  # the run's id
         self._compiled_for: tuple[object, ...] | None = None  # what decides it, of the welcome
         self._local_steps = 1
         self._gradient: AbstractGradientFunction | None = None
@@ -213,6 +217,7 @@ class Worker:
         if welcome.pipelines:
             link.work_ahead(self._forms.pushed.total_bytes)
         self._hello.run_id = welcome.run_id
+        self._take_constants(welcome.run_id)
         for warning in welcome.warnings:
             log.warning("%s", warning)
         log.info("joined run %s as %s", welcome.run_id, welcome.name)
@@ -227,6 +232,22 @@ class Worker:
         if self._forms.of != forms:
             self._forms = Forms(self._layout, *forms)
             self._weights = Weights(self._forms.pulled)
+
+    def _take_constants(self, run_id: str) -> None:
+        """They come with no ticket, because they are the same for the whole run."""
+        if not self._layout.count(CONSTANT) or self._constants_of == run_id:
+            return
+        reader = Reader(self._address, self._layout)
+        try:
+            read = reader.pull(pb.PullRequest(run_id=run_id))
+        except Unreachable as error:
+            raise Disconnected(str(error)) from None
+        finally:
+            reader.close()
+        assert read.weights is not None  # no version was named as known
+        _, _, constants = self._task.tree.split(read.weights.leaves)
+        self._constants = jax.device_put(constants)
+        self._constants_of = run_id
 
     def _compile(self, welcome: pb.Welcome) -> float:
         """Compile for every shape a batch can have; seconds it took."""
@@ -327,7 +348,8 @@ class Worker:
             self._step()
         loaded = time.perf_counter()
         self._enter(pb.PHASE_COMPUTING)
-        gradient = self._gradient(self._forms.unpack(task.weights), steps, self._step)
+        weights = [*self._forms.unpack(task.weights), *self._constants]
+        gradient = self._gradient(weights, steps, self._step)
         pushed = self._forms.pack(gradient.leaves, steps[0][1], steps[0][2])
         computed = time.perf_counter()
         self._enter(pb.PHASE_SENDING)

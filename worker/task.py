@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from headwater.worker.data import Generated, Indexed
-from headwater.worker.tree import ParameterTree, PyTree
+from headwater.worker.tree import ModelTree, PyTree
 
 
 class TaskError(ValueError):
@@ -29,13 +29,15 @@ class Task:
 
     init: Callable[[jax.Array], PyTree]
     """(key) -> params: any pytree of floating or complex arrays. Run by the
-    server only, with `jax.random.key(seed)`; workers trace it for its shapes."""
+    server only, with `jax.random.key(seed)`; workers trace it for its shapes.
+    With `has_state`: (key) -> (params, state)."""
 
-    loss: Callable[[PyTree, Any, jax.Array], Any]
+    loss: Callable[..., Any]
     """(params, batch, key) -> scalar, or (scalar, {"accuracy": scalar, ...}):
     means over the batch's examples, traceable by `jax.jit`. `key` is folded
     from (seed, epoch, batch number), so that the same batch gives the same
-    gradient on any worker."""
+    gradient on any worker. With `has_state`: (params, state, batch, key) ->
+    (scalar, metrics, new_state)."""
 
     data: Indexed | Generated | Callable[[], Indexed | Generated]
     """The training examples, or how batches are made, or a function that returns
@@ -60,15 +62,29 @@ class Task:
     remainder: Literal["keep", "drop"] = "keep"
     """What becomes of an epoch's last batch when it is short."""
 
-    evaluate: Callable[[PyTree], Mapping[str, Any]] | None = None
-    """(params) -> {"accuracy": scalar, ...}, on data that is not trained on."""
+    evaluate: Callable[..., Mapping[str, Any]] | None = None
+    """(params) -> {"accuracy": scalar, ...}, on data that is not trained on. With
+    `has_state`: (params, state) -> the same."""
+
+    trainable: Callable[[str], bool] | None = None
+    """(name) -> whether the parameter of this name is trained. The others are
+    constants: served, kept, and never changed; they may be of any dtype. None: all."""
+
+    has_state: bool = False
+    """Whether there is state beside the parameters that the loss computes anew, such
+    as BatchNorm's statistics: any pytree of arrays of numbers. Workers' new states are
+    merged: floats move by (new - base) / (1 + staleness), integers by the change."""
 
     def __post_init__(self) -> None:
         for field in ("init", "loss"):
             if not callable(getattr(self, field)):
                 raise TaskError(f"Task.{field} must be a function, not {getattr(self, field)!r}")
-        if self.evaluate is not None and not callable(self.evaluate):
-            raise TaskError(f"Task.evaluate must be a function or None, not {self.evaluate!r}")
+        for field in ("evaluate", "trainable"):
+            value = getattr(self, field)
+            if value is not None and not callable(value):
+                raise TaskError(f"Task.{field} must be a function or None, not {value!r}")
+        if type(self.has_state) is not bool:
+            raise TaskError(f"Task.has_state must be True or False, not {self.has_state!r}")
         for field in ("batch_size", "epochs"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -109,16 +125,19 @@ class Task:
         return len(data)
 
     @functools.cached_property
-    def tree(self) -> ParameterTree:
-        """The parameters' names, shapes and structure, by tracing `init`.
+    def tree(self) -> ModelTree:
+        """The tensors' names, roles, shapes and structure, by tracing `init`.
 
         Raises:
-          LayoutError: See `ParameterTree`.
+          LayoutError: See `ModelTree`.
         """
-        return ParameterTree(jax.eval_shape(self.init, jax.random.key(self.seed)))
+        made = jax.eval_shape(self.init, jax.random.key(self.seed))
+        return ModelTree(made, has_state=self.has_state, trainable=self.trainable)
 
     def restore(self, weights: Mapping[str, Any]) -> PyTree:
         """The user's own tree from named weights, such as `Client.pull` gives.
+
+        That is params, or with `has_state` (params, state).
 
         Raises:
           LayoutError: The names or shapes are of another model.

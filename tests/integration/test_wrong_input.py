@@ -265,7 +265,7 @@ WRONG_HELLOS = {
     ),
     "unknown dtype": ({"layout": tensor(dtype="object")}, "MALFORMED", "'count' .* 'object'"),
     "a dtype not trained": ({"layout": tensor(dtype="int32")}, "MALFORMED", "'int32'"),
-    "role of another version": ({"layout": tensor(role=2)}, "MALFORMED", "'count' has role 2"),
+    "role of another version": ({"layout": tensor(role=2)}, "MALFORMED", "no tensor to train"),
     "unknown role": ({"layout": tensor(role=9)}, "MALFORMED", "'count' has role 9"),
     "a gap": ({"layout": tensor(offset=64)}, "MALFORMED", "'count' starts at byte 64"),
     "overlap": (

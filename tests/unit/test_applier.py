@@ -16,21 +16,21 @@ from headwater.server.optimizer import resolve
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
 from headwater.server.staleness import StalenessPolicy
-from headwater.server.store import Contribution, Store, initial
-from headwater.worker.tree import ParameterTree
+from headwater.server.store import Base, Contribution, Store, initial
+from headwater.worker.tree import ModelTree
 
 PARAMS = {"w": jnp.zeros(4)}
 
 
 def store(settings: Settings = Settings()) -> Store:  # noqa: B008  (frozen)
-    tree, sgd = ParameterTree(PARAMS), resolve("sgd(1.0)", 10)
+    tree, sgd = ModelTree(PARAMS), resolve("sgd(1.0)", 10)
     return Store(tree, sgd, initial(tree, PARAMS, sgd, settings=settings))
 
 
 def update(store: Store, base_leaves: tuple[jax.Array, ...] | None) -> Update:
     applied = len(store.current.applied)
     contribution = Contribution(
-        applied, store.current.version, 1, 0.0, store.layout.empty(), "1.1", base_leaves
+        applied, store.current.version, 1, 0.0, store.layout.empty(), "1.1", Base(base_leaves)
     )
     return Update((), (contribution,))
 

@@ -15,6 +15,7 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.layout import (
     ALIGNMENT,
     DTYPES,
+    FLOATING,
     MAX_DIMENSIONS,
     Layout,
     LayoutError,
@@ -33,7 +34,7 @@ A: Tensor = ("a", F32, (2,))
 B: Tensor = ("b", C64, (3, 1))
 
 names = st.text(min_size=1, max_size=8)
-dtypes = st.sampled_from(list(DTYPES.values()))
+dtypes = st.sampled_from(list(FLOATING.values()))
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 tensor_lists = st.lists(
     st.tuples(names, dtypes, shapes), min_size=1, max_size=5, unique_by=lambda t: t[0]
@@ -94,7 +95,7 @@ def test_what_is_cut_is_not_copied_unless_it_is_not_contiguous() -> None:
 def test_every_bit_pattern_of_a_byte_survives_in_every_dtype(name: str) -> None:
     pattern = np.arange(256, dtype=np.uint8)
     array = np.repeat(pattern, DTYPES[name].itemsize).view(DTYPES[name])
-    layout = Layout.of([("scalar first", F32, ()), ("x", array.dtype, array.shape)])
+    layout = Layout.of([("scalar first", F32, ())], (), [("x", array.dtype, array.shape)])
 
     buffer = layout.empty()
     layout.pack([np.zeros((), F32), array], buffer)
@@ -122,7 +123,7 @@ def test_tensors_follow_each_other_at_multiples_of_64_bytes(tensors: list[Tensor
         assert after.offset % 64 == 0
         assert 0 <= after.offset - before.end < 64
     assert layout.total_bytes == layout.tensors[-1].end
-    assert layout.element_count == sum(np.zeros(shape).size for _, _, shape in tensors)
+    assert layout.parameter_count == sum(np.zeros(shape).size for _, _, shape in tensors)
 
 
 @quick
@@ -251,9 +252,21 @@ def _tensor(**changed: object) -> pb.Tensor:
         ([_tensor(dtype="f4,f4")], "'w' has dtype 'f4,f4'"),
         ([_tensor(dtype=">f4")], "'w' has dtype '>f4'"),
         ([_tensor(dtype="")], "'w' has dtype ''"),
-        ([_tensor(role=pb.ROLE_UNSPECIFIED)], "'w' has role 0; only parameters are served"),
-        ([_tensor(role=pb.ROLE_STATE)], "'w' has role 2; only parameters are served"),
-        ([_tensor(role=99)], "'w' has role 99; only parameters are served"),
+        ([_tensor(role=pb.ROLE_UNSPECIFIED)], "'w' has role 0, which is none"),
+        ([_tensor(role=pb.ROLE_STATE)], "there is no tensor to train"),
+        (
+            [
+                _tensor(),
+                _tensor(name="c", role=pb.ROLE_CONSTANT, offset=64),
+                _tensor(name="s", role=pb.ROLE_STATE, offset=128),
+            ],
+            "'s', a state, comes after a constant",
+        ),
+        (
+            [_tensor(), _tensor(name="s", role=pb.ROLE_STATE, dtype="bool", offset=64)],
+            "'s' has dtype 'bool'; a state is one of float16",
+        ),
+        ([_tensor(role=99)], "'w' has role 99, which is none"),
         ([_tensor(offset=64)], "'w' starts at byte 64; in its place .* it starts at 0"),
         ([_tensor(), _tensor(name="b", offset=0)], "'b' starts at byte 0; .* it starts at 64"),
         ([_tensor(), _tensor(name="b", offset=8)], "'b' starts at byte 8; .* it starts at 64"),
@@ -273,7 +286,7 @@ def test_a_peers_layout_that_breaks_a_rule_is_refused(
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ([], "there is no tensor to train: `init` gave an empty tree"),
+        ([], "there is no tensor to train: `init` gave no parameter"),
         ([("", F32, ())], "tensor 0 has no name"),
         ([("w", F32, ()), ("w", C64, ())], "two tensors are called 'w'"),
         ([("w", np.dtype(np.int32), ())], "'w' has dtype 'int32'"),
@@ -321,7 +334,7 @@ def test_a_parameter_can_have_every_floating_and_complex_dtype_of_jax() -> None:
     whole_bytes = {d for d in inexact if ml_dtypes.finfo(d).bits >= 8}
 
     assert F32 in whole_bytes  # so that an enumeration that finds nothing fails
-    assert {d.name for d in whole_bytes} == set(DTYPES)
+    assert {d.name for d in whole_bytes} == set(FLOATING)
 
 
 def _is_scalar_type(kind: object) -> bool:

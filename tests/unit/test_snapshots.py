@@ -22,7 +22,7 @@ from headwater.protos.snapshot_file import Facts, SnapshotError
 from headwater.server.optimizer import AbstractOptimizer, OptaxOptimizer
 from headwater.server.snapshots import Snapshots, arrays_of, restored
 from headwater.server.store import Published, Store, initial
-from headwater.worker.tree import ParameterTree
+from headwater.worker.tree import ModelTree
 
 
 class NoisySgd(AbstractOptimizer):
@@ -55,7 +55,7 @@ class NoisySgd(AbstractOptimizer):
 class Case(NamedTuple):
     """A store, and the gradient that moves it."""
 
-    tree: ParameterTree
+    tree: ModelTree
     optimizer: AbstractOptimizer
     store: Store
 
@@ -71,7 +71,7 @@ def case(optimizer: optax.GradientTransformation | AbstractOptimizer, params: An
     params = params or {"kernel": jnp.ones((5, 3)), "bias": jnp.zeros(3), "none": None}
     if not isinstance(optimizer, AbstractOptimizer):
         optimizer = OptaxOptimizer(optimizer, "the test's")
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
     return Case(tree, optimizer, Store(tree, optimizer, initial(tree, params, optimizer)))
 
 

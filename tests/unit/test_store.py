@@ -18,7 +18,7 @@ from headwater.server.optimizer import AbstractOptimizer, OptaxOptimizer, resolv
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Planned, Settings
 from headwater.server.store import NotFinite, Published, Store, initial
-from headwater.worker.tree import ParameterTree
+from headwater.worker.tree import ModelTree
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +65,7 @@ class Still(AbstractOptimizer):
 def store_of(params: Any, optimizer: optax.GradientTransformation | AbstractOptimizer) -> Store:
     if not isinstance(optimizer, AbstractOptimizer):
         optimizer = OptaxOptimizer(optimizer, "the test's")
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
     return Store(tree, optimizer, initial(tree, params, optimizer, incarnation=3))
 
 
@@ -287,7 +287,7 @@ def test_the_gradients_buffer_may_be_overwritten_as_soon_as_apply_returns() -> N
 
 
 def test_the_weights_are_not_the_memory_that_init_returned() -> None:
-    mine = ParameterTree({"w": np.ones(1024, np.float32)}).layout.empty().view(np.float32)
+    mine = ModelTree({"w": np.ones(1024, np.float32)}).layout.empty().view(np.float32)
     mine[:] = 1.0  # aligned as XLA likes it, so that sharing it would be possible
     store = store_of({"w": mine}, optax.sgd(0.1))
 
@@ -420,7 +420,7 @@ def test_the_test_before_would_see_a_compilation(caplog: pytest.LogCaptureFixtur
 
 
 def test_of_the_updates_that_were_compiled_the_newest_and_those_in_use_are_kept() -> None:
-    tree = ParameterTree({"w": jnp.zeros(4)})
+    tree = ModelTree({"w": jnp.zeros(4)})
     optimizer = resolve("sgd(1.0, momentum=0.5)", 10)
     store = Store(tree, optimizer, initial(tree, {"w": jnp.zeros(4)}, optimizer))
 

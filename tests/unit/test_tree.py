@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headwater.protos.layout import LayoutError
-from headwater.worker.tree import ParameterTree
+from headwater.worker.tree import ModelTree
 
 # The same examples every time and no limits of time: the verdict is about the code alone.
 quick = settings(
@@ -80,7 +80,7 @@ def look_up(tree: Any, name: str) -> Any:
 @quick
 @given(trees.filter(lambda tree: not isinstance(tree, np.ndarray)))
 def test_a_name_is_the_path_to_its_leaf(params: Any) -> None:
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
 
     for name, leaf in zip(tree.names, tree.leaves(params), strict=True):
         assert look_up(params, name) is leaf
@@ -89,7 +89,7 @@ def test_a_name_is_the_path_to_its_leaf(params: Any) -> None:
 @quick
 @given(trees)
 def test_the_layout_lists_the_leaves_in_the_trees_order(params: Any) -> None:
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
 
     leaves = jax.tree.leaves(params)
     assert [(t.dtype, t.shape) for t in tree.layout.tensors] == [(x.dtype, x.shape) for x in leaves]
@@ -100,7 +100,7 @@ def test_the_layout_lists_the_leaves_in_the_trees_order(params: Any) -> None:
 @quick
 @given(trees)
 def test_restored_leaves_are_the_users_own_tree(params: Any) -> None:
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
 
     restored = tree.restore(tree.leaves(params))
 
@@ -113,7 +113,7 @@ def test_restored_leaves_are_the_users_own_tree(params: Any) -> None:
 @quick
 @given(trees, st.randoms(use_true_random=False))
 def test_named_weights_are_restored_in_whatever_order_they_come(params: Any, random: Any) -> None:
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
     named = list(zip(tree.names, tree.leaves(params), strict=True))
     random.shuffle(named)
 
@@ -129,7 +129,7 @@ def test_named_weights_are_restored_in_whatever_order_they_come(params: Any, ran
 @given(trees)
 def test_a_worker_that_only_traces_the_tree_has_the_same_layout(params: Any) -> None:
     traced = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    assert ParameterTree(traced).layout == ParameterTree(params).layout
+    assert ModelTree(traced).layout == ModelTree(params).layout
 
 
 X = np.ones(2, np.float32)
@@ -154,12 +154,12 @@ X = np.ones(2, np.float32)
     ],
 )
 def test_names_read_like_paths(params: Any, names: list[str]) -> None:
-    assert ParameterTree(params).names == names
+    assert ModelTree(params).names == names
 
 
 def test_what_is_no_array_comes_back_as_it_was() -> None:
     params = {"empty": {}, "none": [None, ()], "dense": Dense(X, None, activation="tanh")}
-    tree = ParameterTree(params)
+    tree = ModelTree(params)
 
     assert tree.names == ["dense/kernel"]
     restored = tree.restore([X + 1])
@@ -190,12 +190,12 @@ def test_what_is_no_array_comes_back_as_it_was() -> None:
 )
 def test_what_is_no_tree_of_parameters_is_refused(params: Any, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
-        ParameterTree(params)
+        ModelTree(params)
 
 
 def test_a_real_prng_key_is_refused() -> None:
     with pytest.raises(LayoutError, match="key is a PRNG key; dropout keys come from the loss"):
-        ParameterTree({"w": X, "key": jax.random.key(0)})
+        ModelTree({"w": X, "key": jax.random.key(0)})
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,9 @@ def test_a_real_prng_key_is_refused() -> None:
 )
 def test_named_weights_of_another_model_are_refused(weights: dict[str, Any], message: str) -> None:
     with pytest.raises(LayoutError, match=message):
-        ParameterTree({"a": X, "b": X}).restore_named(weights)
+        ModelTree({"a": X, "b": X}).restore_named(weights)
 
 
 def test_leaves_of_a_tree_of_another_structure_are_refused() -> None:
     with pytest.raises(ValueError, match="key"):
-        ParameterTree({"a": X, "b": X}).leaves({"a": X, "c": X})
+        ModelTree({"a": X, "b": X}).leaves({"a": X, "c": X})

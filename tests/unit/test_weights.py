@@ -15,7 +15,7 @@ from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.assembly import Weights
 from headwater.protos.compression import NONE
 from headwater.protos.errors import HeadwaterError
-from headwater.protos.layout import DTYPES, Layout
+from headwater.protos.layout import FLOATING, Layout
 from headwater.protos.wire import PART_BYTES, unframe
 from headwater.server.encoder import encode
 from headwater.server.packed_versions import PackedVersions
@@ -36,7 +36,7 @@ Part = tuple[int, bytes, int]
 tensor_lists = st.lists(
     st.tuples(
         st.text(min_size=1, max_size=4),
-        st.sampled_from(list(DTYPES.values())),
+        st.sampled_from(list(FLOATING.values())),
         st.lists(st.integers(0, 5), max_size=4).map(tuple),
     ),
     min_size=1,
