@@ -35,13 +35,21 @@ _OVER = {pb.RUN_FINISHED, pb.RUN_FAILED, pb.RUN_STOPPING}
 class Weights(dict[str, "np.ndarray"]):
     """The weights of one version, by name. The arrays are the caller's own."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], read: Read) -> None:
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        run_id: str,
+        incarnation: int,
+        version: int,
+        epoch: int,
+    ) -> None:
         super().__init__(arrays)
-        self.run_id = read.run_id
-        self.incarnation = read.stamp.incarnation
+        self.run_id = run_id
+        self.incarnation = incarnation
         """With `version`, names this state of the weights for ever."""
-        self.version = read.stamp.version
-        self.epoch = read.epoch
+        self.version = version
+        self.epoch = epoch
         """The lowest epoch that was not complete, from 0."""
 
 
@@ -175,6 +183,7 @@ class Client:
                 version=weights.version,
                 metrics=metrics,
                 duration_s=seconds,
+                epoch=weights.epoch,
             ),
         )
 
@@ -253,7 +262,13 @@ class Client:
     def _named(self, read: Read) -> Weights:
         assert read.weights is not None  # only a known version comes without
         names = [spec.name for spec in read.weights.layout.tensors]
-        return Weights(dict(zip(names, read.weights.leaves, strict=True)), read)
+        return Weights(
+            dict(zip(names, read.weights.leaves, strict=True)),
+            run_id=read.run_id,
+            incarnation=read.stamp.incarnation,
+            version=read.stamp.version,
+            epoch=read.epoch,
+        )
 
     def _steer(self, method: str, request: Any, timeout_s: float | None = None) -> str:
         return str(self._ask(method, request, timeout_s).message)

@@ -454,7 +454,7 @@ class PullReply(_message.Message):
     def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., weights: _Optional[_Union[WeightsPart, _Mapping]] = ..., run_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class EvaluationReport(_message.Message):
-    __slots__ = ("incarnation", "version", "metrics", "duration_s")
+    __slots__ = ("incarnation", "version", "metrics", "duration_s", "epoch")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -466,11 +466,13 @@ class EvaluationReport(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     DURATION_S_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     version: int
     metrics: _containers.ScalarMap[str, float]
     duration_s: float
-    def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., duration_s: _Optional[float] = ...) -> None: ...
+    epoch: int
+    def __init__(self, incarnation: _Optional[int] = ..., version: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., duration_s: _Optional[float] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("watches",)

@@ -351,7 +351,7 @@ class Serving:
             "evaluation",
             {
                 "version": report.version,
-                "epoch": self.run_state.ledger.epoch,
+                "epoch": report.epoch if report.HasField("epoch") else self.run_state.ledger.epoch,
                 "metrics": metrics,
                 "seconds": report.duration_s,
             },

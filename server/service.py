@@ -146,6 +146,12 @@ class Service:
                 f"version {request.version} of incarnation {request.incarnation} was never served "
                 f"here; the newest is version {run.current.version} of {run.current.incarnation}",
             )
+        if request.epoch > run.ledger.epoch:
+            raise Refused(
+                Reason.MALFORMED,
+                f"a version with {request.epoch} complete epochs was reported on; there are "
+                f"{run.ledger.epoch}",
+            )
         if not 1 <= len(request.metrics) <= 1000:
             raise Refused(
                 Reason.MALFORMED, f"{len(request.metrics)} metrics were reported; 1 to 1000 can be"

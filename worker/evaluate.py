@@ -7,6 +7,7 @@ over; it never lags, because it always takes the newest version.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -56,59 +57,97 @@ class Evaluation:
         return f"version {self.version} (epoch {self.epoch})  {figures}  [{self.seconds:.1f} s]"
 
 
+class Evaluator:
+    """Evaluates the weights that a server serves, and reports to it. Close it.
+
+    Args:
+      follows: It comes back for every epoch.
+      min_epoch: How many epochs the first weights should have behind them; see `next`.
+
+    Raises:
+      UsageError: The task has no `evaluate`.
+    """
+
+    def __init__(
+        self, loaded: LoadedTask, address: str, *, follows: bool, min_epoch: int = 0
+    ) -> None:
+        from headwater.protos.reading import Reader
+
+        if loaded.task.evaluate is None:
+            raise UsageError(
+                f"the task {loaded.name} has no evaluate; give Task(evaluate=...) a function of "
+                "the parameters that returns a dict of numbers"
+            )
+        self._task = loaded.task
+        self._address = address
+        self._reader = Reader(address, self._task.tree.layout)
+        self._request = pb.PullRequest(evaluates=follows, min_epoch=min_epoch)
+        self._evaluated = -1
+        self.is_over = False
+        """Whether there will be no other weights."""
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def next(self, wait_s: float) -> Evaluation | None:
+        """Evaluate at the end of the next epoch, or of the run; None if that is not yet.
+
+        Args:
+          wait_s: Seconds to wait for it.
+
+        Raises:
+          UsageError: `evaluate` returned something else than a dict of numbers. What the
+            user's own code raises goes through.
+          Refused: The server serves other tensors.
+          Unreachable: No server; after it was once reached that is waited for instead.
+        """
+        request = self._request
+        request.wait_s = wait_s
+        try:
+            read = self._reader.pull(request)
+        except Unreachable as error:
+            if not request.run_id:
+                raise
+            log.warning("%s; trying again", error)
+            time.sleep(1)
+            return None
+        request.run_id = read.run_id
+        request.seen_incarnation = read.stamp.incarnation
+        assert read.weights is not None  # no version was named as known
+        version = read.weights.version
+        # With an epoch barrier it may be an older one, and others follow it.
+        is_newest = version >= read.stamp.version
+        self.is_over = is_newest and (read.state in _OVER or read.epoch >= read.epochs)
+        is_due = self.is_over or read.epoch >= request.min_epoch
+        request.min_epoch = max(request.min_epoch, read.epoch + 1)
+        if version == self._evaluated or not is_due:
+            return None
+        began = time.perf_counter()
+        metrics = evaluated_by(self._task, read.weights.leaves)
+        seconds = time.perf_counter() - began
+        self._evaluated = version
+        found = Evaluation(
+            read.run_id, read.stamp.incarnation, version, read.epoch, metrics, seconds
+        )
+        _report(self._reader.stub, found, self._address)
+        return found
+
+
 def evaluations(loaded: LoadedTask, address: str, *, follow: bool) -> Iterator[Evaluation]:
     """Evaluate the served weights, and report to the server; once, or until the run is over.
 
     Raises:
-      UsageError: The task has no `evaluate`, or it returned something else than
-        a dict of numbers. What the user's own code raises goes through.
-      Refused: The server serves other tensors.
-      Unreachable: No server; with `follow`, only before it was first reached.
+      As `Evaluator` and its `next` do.
     """
-    from headwater.protos.reading import Reader
-
-    task = loaded.task
-    if task.evaluate is None:
-        raise UsageError(
-            f"the task {loaded.name} has no evaluate; give Task(evaluate=...) a function of the "
-            "parameters that returns a dict of numbers"
-        )
-    reader = Reader(address, task.tree.layout)
-    request = pb.PullRequest(evaluates=follow)
-    evaluated = -1
-    try:
-        while True:
-            try:
-                read = reader.pull(request)
-            except Unreachable as error:
-                if not request.run_id:
-                    raise
-                log.warning("%s; trying again", error)
-                time.sleep(1)
-                continue
-            request.run_id = read.run_id
-            request.seen_incarnation = read.stamp.incarnation
-            assert read.weights is not None  # no version was named as known
-            version = read.weights.version
-            # With an epoch barrier it may be an older one, and others follow it.
-            is_newest = version >= read.stamp.version
-            over = is_newest and (read.state in _OVER or read.epoch >= read.epochs)
-            if version != evaluated and (over or read.epoch >= request.min_epoch):
-                began = time.perf_counter()
-                metrics = evaluated_by(task, read.weights.leaves)
-                seconds = time.perf_counter() - began
-                evaluated = version
-                found = Evaluation(
-                    read.run_id, read.stamp.incarnation, version, read.epoch, metrics, seconds
-                )
-                _report(reader.stub, found, address)
+    evaluator = Evaluator(loaded, address, follows=follow)
+    with contextlib.closing(evaluator):
+        wait_s = 0.0
+        while not evaluator.is_over:
+            if found := evaluator.next(wait_s):
                 yield found
-            if over or not follow:
-                return
-            request.min_epoch = max(request.min_epoch, read.epoch + 1)
-            request.wait_s = WAIT_S
-    finally:
-        reader.close()
+                if not follow:
+                    return
+            wait_s = WAIT_S
 
 
 def evaluated_by(task: Task, leaves: Sequence[Any]) -> dict[str, float]:
@@ -146,6 +185,7 @@ def _report(stub: rpc.Stub, found: Evaluation, address: str) -> None:
         version=found.version,
         metrics=found.metrics,
         duration_s=found.seconds,
+        epoch=found.epoch,
     )
     try:
         stub.ReportEvaluation(report, timeout=RPC_TIMEOUT_S)

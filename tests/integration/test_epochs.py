@@ -86,6 +86,9 @@ def test_evaluate_follows_epochs_whatever_an_update_consists_of(
     assert {line["version"] for line in found} <= {0, per_epoch, 2 * per_epoch}
     assert found[-1]["version"] == 2 * per_epoch
     assert all(line["metrics"]["count"] == 40 * line["epoch"] for line in found if dial == "async")
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    kept = [(line["version"], line["epoch"]) for line in lines if line["kind"] == "evaluation"]
+    assert kept == [(line["version"], line["epoch"]) for line in found]
 
 
 def test_an_evaluator_that_comes_after_the_end_is_sent_what_was_kept_and_then_the_last(

@@ -847,6 +847,11 @@ WRONG_CALLS = {
         pb.EvaluationReport(incarnation=1, version=2, metrics={str(i): i for i in range(1001)}),
         "MALFORMED", "1001 metrics .* 1 to 1000",
     ),
+    "an evaluation of an epoch to come": (
+        "ReportEvaluation",
+        pb.EvaluationReport(incarnation=1, version=2, metrics={"loss": 1}, epoch=1),
+        "MALFORMED", "1 complete epochs .* there are 0",
+    ),
     "an eviction of nobody": (
         "Evict", pb.EvictRequest(worker="bob"), "UNKNOWN_WORKER", "'bob'; connected: no one",
     ),
