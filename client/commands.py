@@ -101,7 +101,8 @@ def run(
 
     Every option of `headwater server` may be given as well, such as --epochs, --listen, --run-dir.
     """
-    from headwater.client.run import Training
+    from headwater.client.interrupts import Stopped
+    from headwater.client.run import Training, print_result
 
     training = Training(
         task=task,
@@ -110,7 +111,11 @@ def run(
         platform=platform,
         server_options=context.args,
     )
-    raise typer.Exit(training.run())
+    try:
+        facts = training.run()
+    except Stopped as stopped:
+        raise typer.Exit(128 + stopped.number) from None
+    print_result(facts)
 
 
 # ------------------------------------------------------------------- looking

@@ -37,6 +37,7 @@ class Child:
       command: A key of `PROCESSES`.
       environment: Added to our own.
       tells_ready: It is a server that will say where it listens; see `ready`.
+      inherits: Open files of ours that it gets too, each by the variable that tells it which.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Child:
         *,
         environment: Mapping[str, str] = {},
         tells_ready: bool = False,
+        inherits: Mapping[str, int] = {},
     ) -> None:
         self.name = name
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -56,6 +58,7 @@ class Child:
         passed = [lifeline]
         given = {**os.environ, **environment}
         env = {**given, **tuning(given), LIFELINE_ENV: str(lifeline)}
+        env |= {variable: str(descriptor) for variable, descriptor in inherits.items()}
         self._ready_pipe: int | None = None
         if tells_ready:
             self._ready_pipe, write_end = os.pipe()
@@ -70,7 +73,7 @@ class Child:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                pass_fds=passed,
+                pass_fds=[*passed, *inherits.values()],
                 start_new_session=True,
             )
         finally:
@@ -87,9 +90,10 @@ class Child:
     def ready(self) -> dict[str, Any] | None:
         """Wait until the server serves, for what it says of itself; None when it ended instead."""
         assert self._ready_pipe is not None
-        with os.fdopen(self._ready_pipe) as pipe:
+        # From here on it is closed by this call alone, whatever `close` finds.
+        descriptor, self._ready_pipe = self._ready_pipe, None
+        with os.fdopen(descriptor) as pipe:
             line = pipe.readline()
-        self._ready_pipe = None
         return json.loads(line) if line else None
 
     def log_to(self, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Shows a training while it goes on: a live bar on a terminal, else a line now and then."""
+"""Shows a training while it goes on: a live bar where that can be, else a line now and then."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from types import TracebackType
@@ -20,7 +21,7 @@ LINE_S = 10.0
 """Between lines where there is no terminal; a new epoch gets one at once."""
 
 
-class _Console(Console):
+class Screen(Console):
     """Falls silent when nobody reads any more, rather than end the training that it shows."""
 
     def on_broken_pipe(self) -> None:
@@ -28,10 +29,15 @@ class _Console(Console):
 
 
 class Display:
-    """Use as a context; `show` as often as there is something new."""
+    """Use as a context; `show` as often as there is something new.
 
-    def __init__(self, console: Console | None = None) -> None:
-        console = console or _Console()
+    Args:
+      console: By default standard output.
+      live: Redraw a bar where that can be done.
+    """
+
+    def __init__(self, console: Console | None = None, *, live: bool = True) -> None:
+        console = console or Screen()
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -43,7 +49,7 @@ class Display:
         self._task = self._bar.add_task("", total=None)
         self._live = (
             Live(console=console, refresh_per_second=8, transient=True)
-            if console.is_terminal and not console.is_dumb_terminal
+            if live and can_redraw(console)
             else None
         )
         self._said_epoch = -1
@@ -98,6 +104,15 @@ class Display:
         ):
             self._said_epoch, self._said_time = status["epoch"], now
             self.say(show.one_line(status))
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether what was shown can be replaced: on a terminal, or by a notebook's widgets."""
+    if console.quiet:
+        return False
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def _figures(status: Status) -> list[str]:

@@ -1,4 +1,4 @@
-"""`headwater run`: a server and its workers on this machine, from start to end.
+"""A server and its workers on this machine, from start to end: `headwater run`, and `fit`.
 
 All processes are started at once, for each takes seconds to load JAX. The
 server ends by itself when the run is finished; the others follow it. Whatever
@@ -15,13 +15,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from headwater.client import show
 from headwater.client.client import Client
+from headwater.client.interrupts import Interrupts, Stopped
 from headwater.client.processes import (
     Child,
     core_count,
@@ -31,8 +31,8 @@ from headwater.client.processes import (
     wait_all,
 )
 from headwater.client.progress import Display
-from headwater.protos.command import RUN_ID_ENV, new_run_id
-from headwater.protos.errors import HeadwaterError
+from headwater.protos.command import RUN_ID_ENV, TASK_ENV, new_run_id
+from headwater.protos.errors import HeadwaterError, RunFailed, Unreachable, UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
 
 POLL_S = 0.25
@@ -51,45 +51,49 @@ EVALUATOR_NICE = 10
 """Evaluation gives way to training."""
 
 
-class _Stopped(BaseException):
-    """A signal asked for the end. Not an Exception, which others may catch."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 @dataclasses.dataclass(kw_only=True)
 class Training:
-    """One `headwater run`. `run` returns its exit status."""
+    """One training, made once and `run` once."""
 
     task: str
-    task_options: Sequence[str]
+    """A TASK, or with `task_file` its name."""
+
     workers: int
     platform: str | None
     server_options: Sequence[str]
     """Options of `headwater server`, passed on as they are."""
 
-    def run(self) -> int:
-        """Train, and return the exit status.
+    task_options: Sequence[str] = ()
+    task_file: int | None = None
+    """Descriptor of a file with the task itself; see worker/handed.py."""
+
+    stopped_by: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
+    """Signals that end it in order."""
+
+    display: Display = dataclasses.field(default_factory=Display)
+
+    def run(self) -> Mapping[str, Any]:
+        """Train; what the server said of itself. However it ends, every process has ended.
 
         Raises:
-          HeadwaterError: It failed; says who, and why. Every process has ended.
+          HeadwaterError: It failed; says who, and why.
+          Stopped: A signal came; the weights are kept.
         """
         self._children: list[Child] = []
         self._run_dir: Path | None = None
         self._said: set[str] = set()
-        self._display = Display()
-        try:
-            with _signals_raise(), self._display:
-                try:
-                    facts = self._train()
-                except _Stopped as stopped:
-                    self._stop_in_order()
-                    return 128 + stopped.number
-        finally:
-            self._end_children()
-        _print_result(facts)
-        return 0
+        self._interrupts = Interrupts(*self.stopped_by)
+        with self._interrupts:
+            try:
+                with self.display:
+                    try:
+                        return self._train()
+                    except Stopped:
+                        self._stop_in_order()
+                        raise
+            finally:
+                with self._interrupts.held():
+                    self._end_children()
 
     # ---------------------------------------------------------------- training
 
@@ -103,7 +107,7 @@ class Training:
             # By another run, between our look and our server's start.
             self._end_children()
             listen = address = free_address(split_address(listen, "--listen")[0])
-            self._display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {address}")
+            self.display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {address}")
             self._start_all(listen, address, share)
             facts = self._wait_until_ready(self._children[0])
         server, *workers = self._children
@@ -152,7 +156,7 @@ class Training:
                 environment=environment,
             )  # fmt: skip
         count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        self._display.wait_for(f"starting a server and {count} at {address}")
+        self.display.wait_for(f"starting a server and {count} at {address}")
 
     def _run_id(self) -> str:
         """Of the run that the run directory holds, or a new one."""
@@ -193,7 +197,7 @@ class Training:
             while server.status is None:
                 with contextlib.suppress(HeadwaterError):  # it may be ending
                     status = client.status(watches=True)
-                    self._display.show(status)
+                    self.display.show(status)
                     self._warn_of(status["problems"])
                     if evaluates and evaluator is None and status["version"] > 0:
                         evaluator = self._start_evaluator(address, share, logs)
@@ -216,7 +220,7 @@ class Training:
         for problem in problems:
             if problem not in self._said:
                 self._said.add(problem)
-                self._display.say(f"warning: {problem}")
+                self.display.say(f"warning: {problem}")
 
     def _mind(self, workers: list[Child], gone: set[str], server: Child) -> None:
         """Warn of workers that ended early; end a run that has none left."""
@@ -224,9 +228,9 @@ class Training:
             if child.status not in (None, 0) and child.name not in gone:
                 gone.add(child.name)
                 if any(worker.status is None for worker in workers):
-                    self._display.say(f"warning: {child.name} {_how(child)}; the others go on")
+                    self.display.say(f"warning: {child.name} {_how(child)}; the others go on")
                 elif len(gone) < len(workers):
-                    self._display.say(f"warning: {child.name} {_how(child)}")
+                    self.display.say(f"warning: {child.name} {_how(child)}")
                 elif server.status is None:
                     failure = _failure(child)
                     self._stop_in_order()
@@ -234,8 +238,8 @@ class Training:
 
     def _stop_in_order(self) -> None:
         """End everything within 5 s: the server first, so that it keeps the weights."""
-        self._display.say("stopping")
-        with contextlib.suppress(_Stopped):  # the second signal ends it at once
+        self.display.say("stopping")
+        with contextlib.suppress(Stopped):  # the second signal ends it at once
             for child in self._children[:1]:
                 child.send(signal.SIGTERM)
             wait_all(self._children[:1], STOP_TIMEOUT_S)
@@ -243,9 +247,9 @@ class Training:
                 child.send(signal.SIGTERM)
             wait_all(self._children, KILL_S)
             if self._run_dir is not None and self._children[0].status == 0:
-                self._display.say(f"the weights are in {self._run_dir / 'weights.safetensors'}")
+                self.display.say(f"the weights are in {self._run_dir / 'weights.safetensors'}")
             elif self._run_dir is not None:
-                self._display.say(f"server {_how(self._children[0])}")
+                self.display.say(f"server {_how(self._children[0])}")
 
     # ---------------------------------------------------------------- starting
 
@@ -259,14 +263,16 @@ class Training:
         tells_ready: bool = False,
     ) -> Child:
         options = [word for option in self.task_options for word in ("--task-option", option)]
-        child = Child(
-            name,
-            command,
-            ["--task", self.task, *options, *arguments],
-            environment=environment,
-            tells_ready=tells_ready,
-        )
-        self._children.append(child)
+        with self._interrupts.held():
+            child = Child(
+                name,
+                command,
+                ["--task", self.task, *options, *arguments],
+                environment=environment,
+                tells_ready=tells_ready,
+                inherits={} if self.task_file is None else {TASK_ENV: self.task_file},
+            )
+            self._children.append(child)
         return child
 
     def _choose_address(self) -> tuple[str, str]:
@@ -282,7 +288,7 @@ class Training:
             listen = free_address(host)
         elif asked is None and not is_free(host, port):
             listen = free_address(host)
-            self._display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {listen}")
+            self.display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {listen}")
         _, port = split_address(listen, "--listen")
         here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  (compared, not used)
         return listen, join_address(here, port)
@@ -328,9 +334,11 @@ def _option(words: Sequence[str], name: str) -> str | None:
 
 def _failure(child: Child) -> HeadwaterError:
     """The error of a process that ended, as our own."""
-    error = HeadwaterError(f"{child.name} {_how(child)}")
-    if child.status is not None and child.status > 0:
-        error.exit_status = child.status
+    status = child.status or 0
+    kind = {2: UsageError, 3: Unreachable}.get(status, RunFailed)
+    error: HeadwaterError = kind(f"{child.name} {_how(child)}")
+    if status > 0:
+        error.exit_status = status
     return error
 
 
@@ -341,23 +349,10 @@ def _how(child: Child) -> str:
     return f"failed: {child.last_words()}"
 
 
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    def on_signal(number: int, _: FrameType | None) -> None:
-        raise _Stopped(number)
-
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _print_result(facts: Mapping[str, Any]) -> None:
+def print_result(facts: Mapping[str, Any]) -> None:
     """The final metrics, and where everything is."""
     run_dir = Path(facts["run_dir"])
-    end = _end_record(run_dir / "metrics.jsonl")
+    end = end_record(run_dir / "metrics.jsonl")
     if end is None:
         print("finished; metrics.jsonl lacks its end: see logs/server.log", file=sys.stderr)
     else:
@@ -376,7 +371,7 @@ def _print_result(facts: Mapping[str, Any]) -> None:
     print(f"metrics     {run_dir / 'metrics.jsonl'}")
 
 
-def _end_record(path: Path) -> dict[str, Any] | None:
+def end_record(path: Path) -> dict[str, Any] | None:
     """The last line of metrics.jsonl; None where a full disk kept it from being written."""
     lines = path.read_text().splitlines()
     try:

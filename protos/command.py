@@ -2,7 +2,7 @@
 
 A command that another process started may hold two pipes from it: the lifeline,
 which closes when the parent dies, however it dies; and the ready pipe, on which
-a server says where it listens.
+a server says where it listens. And a file, with the task that `fit` was called with.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ServerAddress = Annotated[
 
 LIFELINE_ENV = "HEADWATER_LIFELINE_FD"
 READY_ENV = "HEADWATER_READY_FD"
+TASK_ENV = "HEADWATER_TASK_FD"
 RUN_ID_ENV = "HEADWATER_RUN_ID"
 """The id that a new run gets, or the only one that a worker joins; `headwater run` sets it."""
 
@@ -45,6 +46,15 @@ def new_run_id() -> str:
 def expected_run_id() -> str:
     """The run that the process which started this one meant; "" where it did not say."""
     return os.environ.pop(RUN_ID_ENV, "")
+
+
+def handed_task() -> int | None:
+    """The open file with the task that the process which started this one means, if it hands one.
+
+    See worker/handed.py.
+    """
+    text = os.environ.pop(TASK_ENV, "")
+    return int(text) if text else None
 
 
 INTERRUPTED = 130
