@@ -253,7 +253,7 @@ def server(
     if not ended.saved:
         place = f"version {ended.version} could not be written; the newest that can be continued "
         place += f"from is version {ended.durable_version}"
-    again = f"go on with: {_resume_command(folder)}"
+    again = f"go on with: {_resume_command(folder, loaded)}"
     if ended.state == pb.RUN_FAILED:
         raise RunFailed(f"{ended.message}; {place}; {again}")
     if not ended.saved:
@@ -278,8 +278,10 @@ def _recorded_consistency(run_dir: Path | None) -> str:
     return record.asked.get("consistency") or ""
 
 
-def _resume_command(run_dir: Path) -> str:
+def _resume_command(run_dir: Path, loaded: LoadedTask) -> str:
     """What was typed, with the run directory in it."""
+    if loaded.is_handed:
+        return f"fit(…, run_dir={str(run_dir)!r})"
     words = sys.argv[1:]
     if not any(word == "--run-dir" or word.startswith("--run-dir=") for word in words):
         words = [*words, "--run-dir", str(run_dir)]
@@ -314,9 +316,12 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
         )  # fmt: skip
         log.info("run directory %s", prepared.run_dir.path)
         log.info("%s", _cost(config))
-        log.info("    %s", _resume_command(prepared.run_dir.path))
-        log.info("listening on %s; add workers with", address)
-        log.info("    headwater worker --task %s --server %s", spec, address)
+        log.info("    %s", _resume_command(prepared.run_dir.path, loaded))
+        if loaded.is_handed:
+            log.info("listening on %s", address)
+        else:
+            log.info("listening on %s; add workers with", address)
+            log.info("    headwater worker --task %s --server %s", spec, address)
         command.announce_ready(
             {
                 "address": address,

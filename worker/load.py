@@ -7,6 +7,7 @@ the name is `task` unless given, and is a Task or a function that returns one.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,12 +19,14 @@ import platform
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from headwater.protos import command
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import UsageError
+from headwater.worker import handed
 from headwater.worker.task import Task, TaskError
 from headwater.worker.user_code import user_place, user_traceback
 
@@ -37,6 +40,9 @@ class LoadedTask:
     options: Mapping[str, str]
     source_sha256: str
     """Of the file it was found in; empty where there is none."""
+
+    is_handed: bool = False
+    """It came from the process that called `fit`; no --task can name it."""
 
     def identity(self) -> pb.TaskIdentity:
         """What must be equal on both sides; loads the data, to count it."""
@@ -61,13 +67,40 @@ def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
     """Load TASK with `--task-option NAME=VALUE` texts.
 
     Puts the file's folder, or the working directory for a module, first on
-    sys.path.
+    sys.path. In a process of `fit`, which hands its task over, TASK is merely its name.
 
     Raises:
       UsageError: There is no such file, module or name; it is not a task; an
         option does not fit. When the user's own code raises, its traceback is
         part of the message.
     """
+    with _loading():
+        if (descriptor := command.handed_task()) is not None:
+            what = "the task could not be made again in a process of its own"
+            task = _guarded(lambda: handed.read(descriptor), what)
+            return LoadedTask(task, spec, {}, "", is_handed=True)
+        return _load(spec, options)
+
+
+_loads = 0
+
+
+def is_loading() -> bool:
+    """Whether a task is just being loaded, in this process."""
+    return _loads > 0
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    global _loads  # noqa: PLW0603  (of the process, as sys.modules is)
+    _loads += 1
+    try:
+        yield
+    finally:
+        _loads -= 1
+
+
+def _load(spec: str, options: Sequence[str]) -> LoadedTask:
     given = dict(_split_option(option) for option in options)
     place, _, name = spec.partition(":")
     name = name or "task"

@@ -94,6 +94,14 @@ class Task:
         if self.remainder not in ("keep", "drop"):
             raise TaskError(f'Task.remainder must be "keep" or "drop", not {self.remainder!r}')
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was loaded and traced: whoever gets a copy finds it by itself."""
+        kept = vars(self).items()
+        made = functools.cached_property
+        return {
+            name: v for name, v in kept if not isinstance(getattr(type(self), name, None), made)
+        }
+
     @functools.cached_property
     def dataset(self) -> Indexed | Generated:
         """The training examples; loads them where `data` is a function.

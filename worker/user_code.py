@@ -19,6 +19,9 @@ _LIBRARIES = [
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
 ]
 
+_TYPED = ("<stdin>", "<console>", "<python-input", "<ipython-input")
+"""Beginnings of what code is called that was typed."""
+
 
 class UserCodeError(HeadwaterError):
     """The user's code raised; the message holds its traceback."""
@@ -47,7 +50,7 @@ def user_traceback(error: BaseException) -> str:
 
 
 def _trim(shown: traceback.TracebackException) -> None:
-    own = [i for i, frame in enumerate(shown.stack) if _is_users(frame.filename)]
+    own = [i for i, frame in enumerate(shown.stack) if is_users(frame.filename)]
     shown.stack = traceback.StackSummary.from_list(shown.stack[own[0] :] if own else [])
     notes = getattr(shown, "__notes__", None) or []
     shown.__notes__ = [n for n in notes if "JAX has removed its internal frames" not in n]
@@ -59,13 +62,14 @@ def _trim(shown: traceback.TracebackException) -> None:
 def user_place(error: BaseException) -> str:
     """` (file.py, line 12)`: the last of the user's own lines that led to the error, if any."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if _is_users(frame.filename)]
+    own = [frame for frame in frames if is_users(frame.filename)]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """Whether code of this file is neither ours nor a library's."""
     if filename.startswith("<"):
-        return False
+        return filename.startswith(_TYPED)
     path = Path(filename).resolve()
     if path.is_relative_to(_TASKS_OF_OUR_FOLDERS):
         return True
