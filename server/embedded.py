@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
@@ -81,6 +82,10 @@ class Server:
           TimeoutError: It has not ended in time.
         """
         return self._ended.result(timeout_s)
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Have it called, in a thread of the server's, when the server has ended."""
+        self._ended.add_done_callback(lambda _: call())
 
     async def _run(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Loads the data of leased batches ahead of need, in one background thread."""
+"""Loads the data of leased batches ahead of need, in one background thread; or when needed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,31 @@ Key = tuple[int, int, int]
 
 
 class Loader:
-    """The leased batches and their data."""
+    """The leased batches and their data.
 
-    def __init__(self, data: Indexed | Generated, seed: int) -> None:
+    Args:
+      data: The task's.
+      seed: The run's.
+      ahead: Else a batch is loaded by `take`, in the thread that asks for it.
+    """
+
+    def __init__(self, data: Indexed | Generated, seed: int, *, ahead: bool = True) -> None:
         self._data = data
         self._seed = seed
-        self._thread = ThreadPoolExecutor(1, "headwater-loader")
-        self._batches: dict[Key, Future[Batch]] = {}
+        self._ahead = ahead
+        self._thread = ThreadPoolExecutor(1, "headwater-loader")  # which begins with the first
+        self._batches: dict[Key, tuple[list[int], Future[Batch] | None]] = {}
 
     def grant(self, key: Key, indices: Sequence[int]) -> None:
         """Begin to load a batch."""
-        self._batches[key] = self._thread.submit(self._load, key, list(indices))
+        positions = list(indices)
+        future = self._thread.submit(self._load, key, positions) if self._ahead else None
+        self._batches[key] = positions, future
 
     def withdraw(self, key: Key) -> None:
         """The batch was given to somebody else."""
-        if future := self._batches.pop(key, None):
+        _, future = self._batches.pop(key, ([], None))
+        if future is not None:
             future.cancel()
 
     def take(self, key: Key) -> Batch:
@@ -37,7 +47,8 @@ class Loader:
         Raises:
           KeyError: The batch is not leased to this worker.
         """
-        return self._batches.pop(key).result()
+        positions, future = self._batches.pop(key)
+        return self._load(key, positions) if future is None else future.result()
 
     def clear(self) -> None:
         """Drop everything: the stream that leased it has ended."""

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -68,6 +69,8 @@ class Worker:
       patience: For the first connection; later ones have all the time there is.
       name: Shown in status; the server makes one up for "".
       transport: How tensors travel if the server is on this machine.
+      before_gradient: Called in the thread of `run` with the epoch of the gradient to come.
+      loads_ahead: Else the data are loaded there as well, when they are needed.
     """
 
     def __init__(
@@ -78,7 +81,11 @@ class Worker:
         *,
         name: str = "",
         transport: Transport = "auto",
+        before_gradient: Callable[[int], None] | None = None,
+        loads_ahead: bool = True,
     ) -> None:
+        self._before_gradient = before_gradient
+        self._loads_ahead = loads_ahead
         self._loaded = loaded
         self._transport = transport
         self._task = loaded.task
@@ -149,6 +156,10 @@ class Worker:
         self._leaving = True
         if self._awaiting and self._link:
             self._say_leave(self._link)
+
+    def give_up(self) -> None:
+        """Have `run` return when it is next without a server. From any thread."""
+        self._leaving = True
 
     # ------------------------------------------------------------------ stream
 
@@ -261,7 +272,7 @@ class Worker:
         data = self._task.dataset
         if self._loader:
             self._loader.close()
-        self._loader = Loader(data, seed)
+        self._loader = Loader(data, seed, ahead=self._loads_ahead)
         self._gradient = gradient_function(
             self._task,
             seed,
@@ -340,6 +351,8 @@ class Worker:
         assert self._loader is not None
         assert self._gradient is not None
         ticket = task.ticket
+        if self._before_gradient is not None:
+            self._before_gradient(ticket.batches[0].epoch)
         self._enter(pb.PHASE_LOADING)
         began = time.perf_counter()
         steps = []

@@ -1,6 +1,6 @@
 """A parameter server for JAX: workers push gradients, the server applies optax.
 
-    from headwater import ArrayData, Client, Server, Task
+    from headwater import ArrayData, Client, Server, Task, fit
 
 Importing this package loads nothing else: JAX, gRPC and NumPy come with the
 first name that needs them, so that `headwater status` answers at once.
@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["ArrayData", "Client", "Generated", "Server", "Task", "__version__", "from_items"]
+__all__ = [
+    "ArrayData",
+    "Client",
+    "Generated",
+    "Server",
+    "Task",
+    "__version__",
+    "fit",
+    "from_items",
+]
 
 _HOMES = {
     "ArrayData": "headwater.worker.data",
@@ -19,11 +28,13 @@ _HOMES = {
     "Generated": "headwater.worker.data",
     "Server": "headwater.server.embedded",
     "Task": "headwater.worker.task",
+    "fit": "headwater.client.fit",
     "from_items": "headwater.worker.data",
 }
 
 if TYPE_CHECKING:
     from headwater.client.client import Client
+    from headwater.client.fit import fit
     from headwater.server.embedded import Server
     from headwater.worker.data import ArrayData, Generated, from_items
     from headwater.worker.task import Task

@@ -52,7 +52,14 @@ ARROWS = {
     "headwater.server.check": ("headwater.server", "headwater.protos", "headwater.worker"),
     "headwater.server.replay": ("headwater.server", "headwater.protos", "headwater.worker"),
     "headwater.server.recompute": ("headwater.server", "headwater.protos", "headwater.worker"),
+    "headwater.server.here": ("headwater.server", "headwater.protos", "headwater.worker"),
     "headwater.client": ("headwater.client", "headwater.protos"),
+    # Whoever calls it has a Task, and so JAX: it hands the task over, and may train here.
+    "headwater.client.fit": (
+        *("headwater.client", "headwater.protos"),
+        *("headwater.server.here", "headwater.server.keywords"),
+        *("headwater.worker.handed", "headwater.worker.load", "headwater.worker.task"),
+    ),
     "headwater.examples": _API,
 }
 """What of Headwater a module may import; the longest entry that fits the module holds."""
@@ -230,10 +237,10 @@ def test_what_an_interpreter_loads_is_seen() -> None:
 def test_importing_headwater_loads_no_library() -> None:
     loaded = loaded_by("import headwater\ndir(headwater)\nheadwater.__version__")
     assert "headwater" in loaded
-    assert loaded & {"jax", "grpc", "numpy", "google.protobuf", "typer"} == set()
+    assert loaded & {"cloudpickle", "jax", "grpc", "numpy", "google.protobuf", "typer"} == set()
 
 
-HEAVY = {*_FRAMEWORKS, "headwater.server", "headwater.worker"}
+HEAVY = {*_FRAMEWORKS, "cloudpickle", "headwater.server", "headwater.worker"}
 
 
 def test_the_client_loads_neither_jax_nor_the_other_two() -> None:

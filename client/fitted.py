@@ -1,0 +1,106 @@
+"""What `fit` returns: read from the run directory, where it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from headwater.client import show
+from headwater.client.client import Weights
+from headwater.protos.errors import HeadwaterError
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `Task.evaluate` found of one version."""
+
+    version: int
+    epoch: int
+    """How many epochs were complete."""
+    metrics: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Fitted:
+    """A training that has ended."""
+
+    params: Any
+    """The final weights in the task's own tree."""
+
+    weights: Weights
+    """The same by name, as `Client.pull` gives them, with `.version`."""
+
+    history: tuple[Evaluation, ...]
+    """The evaluations in order, those of before a run was continued included."""
+
+    run_dir: Path
+    """Where the run is kept; `fit(task, run_dir=…)` goes on with it."""
+
+    state: str
+    """finished, or stopped where somebody used `headwater stop`."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Of the last evaluation; {} if there was none."""
+        return self.history[-1].metrics if self.history else {}
+
+    def __repr__(self) -> str:
+        found = f", {show.metrics(dict(self.metrics))}" if self.metrics else ""
+        return f"<{self.state} at version {self.weights.version:,}{found}; {self.run_dir}>"
+
+
+def read_fitted(run_dir: Path, restore: Callable[[Weights], Any]) -> Fitted:
+    """Of a run whose server has ended in order.
+
+    Args:
+      run_dir: The run's.
+      restore: `Task.restore`.
+
+    Raises:
+      HeadwaterError: The disk did not take all of it.
+    """
+    from headwater.protos.tensor_file import read_file, read_header
+
+    path, history, epoch, state = run_dir / "weights.safetensors", [], 0, ""
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "evaluation":
+            history.append(
+                Evaluation(record["version"], record["epoch"], _floats(record["metrics"]))
+            )
+        elif record["kind"] == "progress":
+            epoch = record["epoch"]
+        elif record["kind"] == "end":
+            state = record["state"]
+    try:
+        with path.open("rb") as file:
+            notes, _ = read_header(file)
+        arrays = read_file(path)
+    except OSError as error:
+        raise HeadwaterError(
+            f"the run has ended, and its weights could not be read from {path}: {error.strerror}; "
+            f"see {run_dir / 'logs'}"
+        ) from None
+    weights = Weights(
+        arrays,
+        run_id=notes["run_id"],
+        incarnation=int(notes["incarnation"]),
+        version=int(notes["version"]),
+        epoch=epoch,
+    )
+    return Fitted(
+        params=restore(weights),
+        weights=weights,
+        history=tuple(history),
+        run_dir=run_dir,
+        state=state,
+    )
+
+
+def _floats(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
