@@ -38,7 +38,7 @@ LARGE = Layout.of([("a", np.dtype("float32"), (1_000_000,)), ("b", np.dtype("flo
 def version(number: int, layout: Layout = LAYOUT) -> Published:
     leaves = tuple(jnp.full(t.shape, number, t.dtype) for t in layout.tensors)
     fields: dict[str, Any] = {f.name: None for f in dataclasses.fields(Published)}
-    return Published(**{**fields, "version": number, "leaves": leaves})
+    return Published(**{**fields, "version": number, "leaves": leaves, "constants": ()})
 
 
 def contents(slot: Slot, layout: Layout = LAYOUT) -> set[float]:
