@@ -113,9 +113,14 @@ class Client:
         """
         return _by_name(self._ask("GetSettings", pb.SettingsRequest()))
 
-    def pull(self) -> Weights:
-        """The newest version of the weights, whole."""
-        return self._named(self._reader.pull(pb.PullRequest()))
+    def pull(self, *, for_evaluation: bool = False) -> Weights:
+        """The newest version of the weights, whole.
+
+        Args:
+          for_evaluation: Those to evaluate, where the optimizer has others than those that
+            it moves: an average, or those of a schedule-free optimizer.
+        """
+        return self._named(self._reader.pull(pb.PullRequest(for_evaluation=for_evaluation)))
 
     def subscribe(self, *, every: int = 1, timeout_s: float | None = None) -> Iterator[Weights]:
         """Fresh weights as they come: the current ones at once, then at least `every` versions on.

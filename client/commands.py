@@ -227,6 +227,12 @@ def _looks(client: Client, interval_s: float) -> Iterator[Status]:
 def pull(
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Written whole or not.")],
     server: ServerAddress = DEFAULT_ADDRESS,
+    evaluation: Annotated[
+        bool,
+        typer.Option(
+            "--evaluation", help="Those to evaluate: the average (--ema), say, if there is one."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Take the newest weights, as one safetensors file."""
@@ -236,7 +242,7 @@ def pull(
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
     began = time.perf_counter()
     with Client(server) as client:
-        weights = client.pull()
+        weights = client.pull(for_evaluation=evaluation)
     facts = {
         "run_id": weights.run_id,
         "incarnation": weights.incarnation,

@@ -31,8 +31,12 @@ class Fitted:
     params: Any
     """The final weights in the task's own tree."""
 
+    evaluation_params: Any
+    """The weights to evaluate in the same tree: an average (ema=…), or a schedule-free
+    optimizer's; else `params`."""
+
     weights: Weights
-    """The same by name, as `Client.pull` gives them, with `.version`."""
+    """The trained ones by name, as `Client.pull` gives them, with `.version`."""
 
     history: tuple[Evaluation, ...]
     """The evaluations in order, those of before a run was continued included."""
@@ -53,7 +57,7 @@ class Fitted:
         return f"<{self.state} at version {self.weights.version:,}{found}; {self.run_dir}>"
 
 
-def read_fitted(run_dir: Path, restore: Callable[[Weights], Any]) -> Fitted:
+def read_fitted(run_dir: Path, restore: Callable[[Mapping[str, Any]], Any]) -> Fitted:
     """Of a run whose server has ended in order.
 
     Args:
@@ -92,8 +96,11 @@ def read_fitted(run_dir: Path, restore: Callable[[Weights], Any]) -> Fitted:
         version=int(notes["version"]),
         epoch=epoch,
     )
+    params = restore(weights)
+    others = run_dir / "evaluation.safetensors"
     return Fitted(
-        params=restore(weights),
+        params=params,
+        evaluation_params=restore(read_file(others)) if others.exists() else params,
         weights=weights,
         history=tuple(history),
         run_dir=run_dir,

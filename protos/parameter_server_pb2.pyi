@@ -416,7 +416,7 @@ class Bye(_message.Message):
     def __init__(self, reason: _Optional[_Union[ByeReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("min_version", "wait_s", "run_id", "seen_incarnation", "have_version", "evaluates", "min_epoch")
+    __slots__ = ("min_version", "wait_s", "run_id", "seen_incarnation", "have_version", "evaluates", "min_epoch", "for_evaluation")
     MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -424,6 +424,7 @@ class PullRequest(_message.Message):
     HAVE_VERSION_FIELD_NUMBER: _ClassVar[int]
     EVALUATES_FIELD_NUMBER: _ClassVar[int]
     MIN_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FOR_EVALUATION_FIELD_NUMBER: _ClassVar[int]
     min_version: int
     wait_s: float
     run_id: str
@@ -431,7 +432,8 @@ class PullRequest(_message.Message):
     have_version: int
     evaluates: bool
     min_epoch: int
-    def __init__(self, min_version: _Optional[int] = ..., wait_s: _Optional[float] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., have_version: _Optional[int] = ..., evaluates: bool = ..., min_epoch: _Optional[int] = ...) -> None: ...
+    for_evaluation: bool
+    def __init__(self, min_version: _Optional[int] = ..., wait_s: _Optional[float] = ..., run_id: _Optional[str] = ..., seen_incarnation: _Optional[int] = ..., have_version: _Optional[int] = ..., evaluates: bool = ..., min_epoch: _Optional[int] = ..., for_evaluation: bool = ...) -> None: ...
 
 class PullReply(_message.Message):
     __slots__ = ("stamp", "layout", "weights", "run_id", "state", "epoch", "epochs", "body")

@@ -103,7 +103,7 @@ def _checked(optimizer: AbstractOptimizer) -> Callable[..., Any]:
     ) -> tuple[PyTree, PyTree, list[jax.Array], jax.Array]:
         params, state = optimizer.apply(grads, state, params, loss, *extras)
         params = jax.tree.map(_finite_as, params, grads)
-        model_state = list(map(jnp.copy, model_state))  # else JAX would give back what it was given
+        model_state = list(map(jnp.copy, model_state))  # and never what was pushed itself
         is_finite = all_finite([loss, *jax.tree.leaves(params), *model_state])
         return params, state, model_state, is_finite
 

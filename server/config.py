@@ -69,6 +69,9 @@ class ServerConfig:
     optimizer: str | None = None
     """A SPEC; see worker/optimizer_spec.py. With local steps, of the outer optimizer."""
 
+    ema: float | None = None
+    """Keep an exponential average of the weights for evaluation, of this decay; None as above."""
+
     seed: int | None = None
 
     exit_when_done: bool = False
@@ -145,6 +148,11 @@ class ServerConfig:
             raise UsageError(f"--compress {self.pushes}: {NOT_IN_SYNC}")
         self.pulls  # noqa: B018  (raises where it is none)
         self.early_stop()
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UsageError(
+                f"--ema {self.ema}: it is the decay of an average, from 0, which keeps none, to "
+                "less than 1, such as 0.999"
+            )
         for flag, value in (
             ("epochs", self.epochs),
             ("batch-size", self.batch_size),

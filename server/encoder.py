@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.wire import PART_BYTES, frame
-from headwater.server.packed_versions import PackedVersions
+from headwater.server.packed_versions import EvaluationVersions, PackedVersions
 from headwater.server.store import Published
 
 KEPT = 3
@@ -59,7 +59,7 @@ class _Encoding:
 class Encoder:
     """Encodes each version at most once; large ones off the event loop."""
 
-    def __init__(self, packed: PackedVersions) -> None:
+    def __init__(self, packed: PackedVersions | EvaluationVersions) -> None:
         self._packed = packed
         self._kept: dict[int, _Encoding] = {}
         self._thread = ThreadPoolExecutor(1, "headwater-encoder")
@@ -99,7 +99,7 @@ def _hand_over(made: Iterator[bytes], to: _Encoding, on_loop: Callable[..., obje
     on_loop(to.finish)
 
 
-def encode(packed: PackedVersions, published: Published) -> Iterator[bytes]:
+def encode(packed: PackedVersions | EvaluationVersions, published: Published) -> Iterator[bytes]:
     """Cut a version into framed parts of about 1 MiB; one even where there are no bytes."""
     stamp = pb.Stamp(incarnation=published.incarnation, version=published.version)
     layout = packed.layout

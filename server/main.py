@@ -111,6 +111,13 @@ def server(
         str | None,
         typer.Option(metavar="SPEC", help="An optax expression, such as 'adam(1e-3)'."),
     ] = None,
+    ema: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DECAY",
+            help="Evaluate an exponential average of the weights, of this decay, such as 0.999.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Of initial weights, order and keys.")
     ] = None,
@@ -211,6 +218,7 @@ def server(
         epochs=epochs,
         batch_size=batch_size,
         optimizer=optimizer,
+        ema=ema,
         seed=seed,
         init=None if init is None else str(init.absolute()),
         exit_when_done=exit_when_done,

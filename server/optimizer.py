@@ -95,6 +95,18 @@ class AbstractOptimizer(abc.ABC):
             takes from the gradient.
         """
 
+    def evaluation_params(self, state: PyTree, params: PyTree) -> PyTree | None:
+        """The weights to evaluate, where the optimizer has others than those it moves.
+
+        Args:
+          state: From `init` or an update.
+          params: Of the same version.
+
+        Returns:
+          A tree of the same structure, shapes and dtypes; None: they are `params`.
+        """
+        return None
+
     def hyper_parameters(self, state: PyTree) -> dict[str, HyperParameter]:
         """The numbers that can be changed, by name."""
         return {}
@@ -193,6 +205,19 @@ class OptaxOptimizer(AbstractOptimizer):
         return jax.lax.cond(
             functools.reduce(operator.and_, own), lambda: move(self._plain), moved_otherwise
         )
+
+    def evaluation_params(self, state: PyTree, params: PyTree) -> PyTree | None:
+        """Those of a schedule-free optimizer (Defazio et al. 2024, arXiv 2405.15682)."""
+
+        def is_one(node: Any) -> bool:
+            return isinstance(node, optax.contrib.ScheduleFreeState)
+
+        found = list(filter(is_one, jax.tree.leaves(state, is_leaf=is_one)))
+        # One within another, or of a part of the weights, is whoever's wrote it.
+        if len(found) != 1 or described(found[0].z)[0] != described(params)[0]:
+            return None
+        made = optax.contrib.schedule_free_eval_params(found[0], params)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), made, params)
 
     def hyper_parameters(self, state: PyTree) -> dict[str, HyperParameter]:
         written = {

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from headwater.protos import tensor_file
 from headwater.protos.errors import UsageError
 from headwater.protos.layout import LayoutError
+from headwater.server.averaged import Averaged
 from headwater.server.config import ServerConfig
 from headwater.server.dial import Dial
-from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.optimizer import AbstractOptimizer, resolve
 from headwater.server.order import BatchOrder
 from headwater.server.rounds import Rounds
 from headwater.server.settings import Settings
@@ -56,6 +57,24 @@ def with_outer_optimizer(config: ServerConfig) -> ServerConfig:
     in_sync = Dial.parse(config.consistency or "async").group is not None
     outer = OUTER_OPTIMIZER if in_sync else ASYNC_OUTER_OPTIMIZER
     return dataclasses.replace(config, optimizer=outer)
+
+
+def optimizer_of(
+    task: Task, spec: str | None, ema: float | None, updates: int | None
+) -> AbstractOptimizer:
+    """What moves a run's weights.
+
+    Args:
+      task: Has an optimizer of its own.
+      spec: --optimizer, in place of that.
+      ema: --ema.
+      updates: Of the whole run; None if it has no end.
+
+    Raises:
+      OptimizerError, SpecError, UserCodeError: See `resolve`.
+    """
+    optimizer = resolve(spec or task.optimizer, updates)
+    return Averaged(optimizer, ema) if ema else optimizer
 
 
 def first_store(

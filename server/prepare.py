@@ -20,8 +20,8 @@ from headwater.server.dial import Dial
 from headwater.server.history import History
 from headwater.server.identity import RunIdentity
 from headwater.server.journal import weights_crc
-from headwater.server.optimizer import AbstractOptimizer, check, resolve
-from headwater.server.plan import first_store, rounds_of, with_outer_optimizer
+from headwater.server.optimizer import AbstractOptimizer, check
+from headwater.server.plan import first_store, optimizer_of, rounds_of, with_outer_optimizer
 from headwater.server.ranges import Ranges
 from headwater.server.recovery import Recovered, recover, without_numbers
 from headwater.server.rounds import Rounds
@@ -126,7 +126,7 @@ def _prepare(
     rounds = rounds_of(task, config)
     order = rounds.order
     updates = rounds.updates(Dial.parse(config.consistency or "async"))
-    optimizer = resolve(config.optimizer or task.optimizer, updates)
+    optimizer = optimizer_of(task, config.optimizer, config.ema, updates)
     check(optimizer, task.tree.trained_shapes)
     if rounds.steps > 1:
         _check_inner_optimizer(task, rounds, config.inner_optimizer)
@@ -221,6 +221,7 @@ def _incarnation(
         "updates": record.updates,
         "optimizer": record.optimizer,
         "optimizer_spec": config.optimizer,
+        "ema": config.ema,
         "init": config.init,
         "inner_optimizer_spec": config.inner_optimizer,
         "compression": str(config.pushes),
@@ -269,7 +270,8 @@ def _recover(
     whichever is asked for next begins from the same.
     """
     tree, incarnation = loaded.task.tree, before.incarnation + 1
-    old = resolve(before.asked.get("optimizer") or loaded.task.optimizer, before.updates)
+    asked = before.asked
+    old = optimizer_of(loaded.task, asked.get("optimizer"), asked.get("ema"), before.updates)
     snapshot = _in_rounds(snapshots.newest(), rounds)
     recovery = Recovery(run_dir.path, _log_facts(run), snapshot.facts.version)
     try:

@@ -23,8 +23,8 @@ from headwater.protos.errors import HeadwaterError
 from headwater.protos.layout import Bytes
 from headwater.server.history import PLAIN, Line
 from headwater.server.journal import weights_crc
-from headwater.server.optimizer import AbstractOptimizer, resolve
-from headwater.server.plan import first_store
+from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.plan import first_store, optimizer_of
 from headwater.server.rounds import Rounds
 from headwater.server.settings import Settings
 from headwater.server.snapshots import handed_over
@@ -171,7 +171,7 @@ class Recomputation:
         """A server begins: with the task's first weights, or with what it found."""
         task, order = self._loaded.task, self._rounds.order
         settings = Settings.from_json(line["set"])
-        optimizer = resolve(line["optimizer_spec"] or task.optimizer, line["updates"])
+        optimizer = optimizer_of(task, line["optimizer_spec"], line["ema"], line["updates"])
         if optimizer.text != line["optimizer"]:
             raise HeadwaterError(
                 f"from version {line['v']} on the run was trained with {line['optimizer']}, and "

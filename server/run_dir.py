@@ -21,12 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from headwater.protos import files, plain_json
 from headwater.protos.command import expected_run_id, new_run_id
 from headwater.protos.errors import UsageError
-from headwater.protos.weights_file import save_weights
 from headwater.server.run_record import RunRecord
 
 log = logging.getLogger("headwater.server")
@@ -152,13 +149,10 @@ class RunDir:
     def weights_path(self) -> Path:
         return self.path / "weights.safetensors"
 
-    def save_weights(self, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-        """Write the weights, for any safetensors reader.
-
-        Raises:
-          OSError: The disk is full or broken; the file is as it was.
-        """
-        save_weights(self.weights_path, arrays, metadata)
+    @property
+    def evaluation_path(self) -> Path:
+        """Of the weights for evaluation, where they are others."""
+        return self.path / "evaluation.safetensors"
 
     # ---------------------------------------------------------------- metrics
 

@@ -19,7 +19,7 @@ FORMAT = 1
 """Of the run directory as a whole."""
 
 _ASKED = (
-    *("epochs", "batch_size", "optimizer", "seed", "init"),
+    *("epochs", "batch_size", "optimizer", "ema", "seed", "init"),
     *("consistency", "local_steps", "inner_optimizer", "compress", "pull_dtype"),
 )
 

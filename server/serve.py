@@ -15,28 +15,30 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.compression import NONE
 from headwater.protos.rpc import join_address, split_address
+from headwater.protos.weights_file import save_weights
 from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
 from headwater.server.door import open_door
 from headwater.server.encoder import Encoder
-from headwater.server.packed_versions import PackedVersions
+from headwater.server.packed_versions import EvaluationVersions, PackedVersions
 from headwater.server.prepare import PortTaken, Prepared
 from headwater.server.run_state import Run
 from headwater.server.saver import Saver
 from headwater.server.service import Service
 from headwater.server.session import Ways
 from headwater.server.slots import VersionSlots
-from headwater.server.snapshots import arrays_of
 from headwater.server.status import status
 from headwater.server.store import Published
 from headwater.server.update_log import LogBroken, NoRoom
@@ -85,7 +87,9 @@ class Serving:
         door = open_door(prepared.config.transport)
         packed = PackedVersions(layout.moving, prepared.config.pulls)
         readers = Encoder(PackedVersions(layout, NONE))
-        self._ways = Ways(Encoder(packed), readers, VersionSlots(packed), door)
+        self._evaluated = EvaluationVersions(prepared.store.tree, prepared.store.optimizer)
+        evaluators = Encoder(self._evaluated) if self._evaluated.differs else readers
+        self._ways = Ways(Encoder(packed), readers, evaluators, VersionSlots(packed), door)
         self._health = health.aio.HealthServicer()
         self._grace_ends = 0.0
         self._early_stop = prepared.config.early_stop()
@@ -271,24 +275,34 @@ class Serving:
         return True
 
     async def _save_weights(self, published: Published) -> None:
-        """Leave the weights alone as a file of their own, for those who want nothing else."""
-        run = self.run_state
-        arrays, prefix = arrays_of(run.layout, published)
-        weights = {name: a for name, a in arrays.items() if not name.startswith(prefix)}
+        """Leave the weights alone as a file of their own, for those who want nothing else.
+
+        And those for evaluation as another, where the optimizer has such.
+        """
+        run, run_dir = self.run_state, self._prepared.run_dir
         metadata = {
             "run_id": run.identity.run_id,
             "task": run.identity.task.name,
             "incarnation": str(published.incarnation),
             "version": str(published.version),
         }
-        try:
-            await asyncio.to_thread(self._prepared.run_dir.save_weights, weights, metadata)
-        except OSError as error:
-            run.problems["weights"] = (
-                f"{self._prepared.run_dir.weights_path} could not be written: {error.strerror}; "
-                f"the weights are in {self._prepared.snapshots.path(published.version)}"
-            )
-            log.error("%s", run.problems["weights"])
+        files: dict[Path, Sequence[Any]] = {run_dir.weights_path: published.tensors}
+        if self._evaluated.differs:
+            found = await asyncio.to_thread(self._evaluated.arrays, published)
+            files[run_dir.evaluation_path] = found
+        else:
+            run_dir.evaluation_path.unlink(missing_ok=True)  # of a life that had such
+        names = [spec.name for spec in run.layout.tensors]
+        for path, tensors in files.items():
+            weights = dict(zip(names, map(np.asarray, tensors), strict=True))
+            try:
+                await asyncio.to_thread(save_weights, path, weights, metadata)
+            except OSError as error:
+                run.problems["weights"] = (
+                    f"{path} could not be written: {error.strerror}; "
+                    f"the weights are in {self._prepared.snapshots.path(published.version)}"
+                )
+                log.error("%s", run.problems["weights"])
 
     # -------------------------------------------------------------- background
 

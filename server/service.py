@@ -109,7 +109,9 @@ class Service:
         head = frame(first)
         # Alone, because the layout of a model with many tensors is itself large.
         await self._write(context, head)
-        async for part in self._ways.readers_encoder.parts(published):
+        ways = self._ways
+        encoder = ways.evaluators_encoder if request.for_evaluation else ways.readers_encoder
+        async for part in encoder.parts(published):
             await self._write(context, part)
 
     async def _wait(self, request: pb.PullRequest) -> None:

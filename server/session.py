@@ -56,6 +56,8 @@ class Ways:
     encoder: Encoder
     """For workers."""
     readers_encoder: Encoder
+    evaluators_encoder: Encoder
+    """For readers who ask for the weights to evaluate; may be the readers' own."""
     versions: VersionSlots
     door: Door | None
     """None: there is none for anybody."""
@@ -63,6 +65,7 @@ class Ways:
     def close(self) -> None:
         self.encoder.close()
         self.readers_encoder.close()
+        self.evaluators_encoder.close()
         if self.door is not None:
             self.door.close()
 

@@ -150,7 +150,7 @@ class Store:
     """
 
     def __init__(self, tree: ModelTree, optimizer: AbstractOptimizer, start: Published) -> None:
-        self._tree = tree
+        self.tree = tree
         self._updates = CompiledUpdates(tree, optimizer)
         self.optimizer = optimizer
         self.current = start
@@ -163,7 +163,7 @@ class Store:
 
     @property
     def layout(self) -> Layout:
-        return self._tree.layout
+        return self.tree.layout
 
     def receive(self, compression: Compression) -> None:
         """Take gradients that are compressed like this from now on."""
@@ -240,7 +240,7 @@ class Store:
     def step(self, contributions: Sequence[Contribution]) -> Step:
         """Put an update together from its gradients, in the order of their batches."""
         before = self.current
-        split = self._tree.split
+        split = self.tree.split
         pushed = [self._unpack(c.gradient) for c in contributions]
         leaves, loss = combine(
             [split(each)[0] for each in pushed],
@@ -283,7 +283,7 @@ class Store:
             before = self._with(before, settings)
         compiled, live, scale = self._updates.get(settings)
         loss = _loss_array(step.loss)
-        trained, split = self._tree.trained, self._tree.split
+        trained, split = self.tree.trained, self.tree.split
         gradient, next_state, _ = split(step.leaves)
         params, _, _ = split(before.leaves)
         scales = extras(live, 1.0 / (1.0 + step.staleness) if scale else None)
@@ -336,11 +336,11 @@ class Store:
             self._check(own, loss)
         except NotFinite as error:
             return error
-        gradient, state, _ = self._tree.split(own)
+        gradient, state, _ = self.tree.split(own)
         params, _, _, is_finite = update(gradient, state)
         if is_finite:
             return NotFinite("it was written while it was used, and was not finite then")
-        bad = self._not_finite(self._tree.trained.leaves(params))
+        bad = self._not_finite(self.tree.trained.leaves(params))
         return Diverged(f"{bad} would not be finite any more; lower the learning rate")
 
     def _check(self, leaves: Leaves, loss: np.ndarray) -> None:

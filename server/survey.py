@@ -21,7 +21,7 @@ from headwater.server.settings import Settings
 
 _NEEDED = (
     *("run_id", "epochs", "updates", "optimizer", "optimizer_spec", "inner_optimizer_spec"),
-    *("compression", "pull_dtype", "weights", "set", "compute"),
+    *("ema", "compression", "pull_dtype", "weights", "set", "compute"),
 )
 """Of the line on an incarnation."""
 

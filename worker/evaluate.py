@@ -81,7 +81,7 @@ class Evaluator:
         self._task = loaded.task
         self._address = address
         self._reader = Reader(address, self._task.tree.layout)
-        self._request = pb.PullRequest(evaluates=follows, min_epoch=min_epoch)
+        self._request = pb.PullRequest(evaluates=follows, for_evaluation=True, min_epoch=min_epoch)
         self._evaluated = -1
         self.is_over = False
         """Whether there will be no other weights."""
