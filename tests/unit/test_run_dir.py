@@ -16,10 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
-import safetensors.numpy
 
 from headwater.protos.errors import UsageError
 from headwater.server.config import ServerConfig
@@ -363,15 +361,6 @@ def test_a_last_line_without_its_end_is_mended() -> None:
         run.log_metrics("progress", {"version": 2})
 
     assert len(Path("mine/metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_weights_are_a_safetensors_file() -> None:
-    with opened(Path("mine")) as run:
-        run.save_weights({"w": np.arange(3, dtype=np.float32)}, {"version": "7"})
-        run.save_weights({"w": np.ones(3, np.float32)}, {"version": "8"})
-
-        (w,) = safetensors.numpy.load_file(run.weights_path).values()
-        np.testing.assert_array_equal(w, [1, 1, 1])
 
 
 def test_metrics_are_a_json_object_a_line_and_are_there_at_once() -> None:

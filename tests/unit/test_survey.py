@@ -14,7 +14,7 @@ from headwater.server.survey import Worker, survey
 
 BEGIN: dict[str, Any] = {
     "v": 0, "incarnation": 1, "run_id": "r", "epochs": 1, "updates": 9, "optimizer": "sgd(1.0)",
-    "optimizer_spec": None, "inner_optimizer_spec": None, "compression": "none",
+    "ema": None, "optimizer_spec": None, "inner_optimizer_spec": None, "compression": "none",
     "pull_dtype": None, "weights": 1, "set": Settings().to_json(), "compute": {},
 }  # fmt: skip
 
