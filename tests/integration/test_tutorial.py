@@ -22,6 +22,7 @@ import pytest
 
 from headwater.client.processes import free_address
 from kit.processes import HEADWATER
+from kit.waiting import wait_for
 
 PAGE = Path(__file__).parents[2] / "docs/tutorial.md"
 
@@ -74,12 +75,14 @@ def test_the_tutorial_prints_and_shows_what_it_says(folder: Path) -> None:
     address = free_address("127.0.0.1")
 
     with (
-        # Both at once, for each waits much.
+        # Both at once, for each of them waits a lot.
         started([sys.executable, "page.py"], folder) as python,
         started(["/bin/bash", "-c", session(folder, typed, address)], folder, address) as shell,
     ):
         output, errors = python.communicate()
-        assert (python.returncode, output.split(f"{MARK}\n")) == (0, printed), errors
+        assert python.returncode == 0, errors
+        for part, got, expected in zip(parts, output.split(f"{MARK}\n"), printed, strict=True):
+            assert got == expected, part
 
         output, errors = shell.communicate()
         *outputs, rest = re.split(rf"{MARK} (\d+)\n", output)
@@ -87,7 +90,7 @@ def test_the_tutorial_prints_and_shows_what_it_says(folder: Path) -> None:
         assert (rest, shell.returncode) == ("", 0)
         for command, output, lines in zip(typed, outputs[::2], shown, strict=False):
             assert_shows(output, lines, command)
-    assert in_folder(folder) == []
+    wait_for(lambda: not in_folder(folder), "nothing is left running")
 
 
 def program() -> tuple[list[str], list[str]]:
