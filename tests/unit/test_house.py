@@ -60,11 +60,11 @@ ARROWS = {
         *("headwater.server.here", "headwater.server.keywords"),
         *("headwater.worker.handed", "headwater.worker.load", "headwater.worker.task"),
     ),
-    "headwater.examples": _API,
+    "headwater.examples": (*_API, "headwater.examples"),
 }
 """What of Headwater a module may import; the longest entry that fits the module holds."""
 
-_FRAMEWORKS = ("jax", "jaxlib", "flax", "keras", "optax", "tensorflow", "torch")
+_FRAMEWORKS = ("jax", "jaxlib", "equinox", "flax", "haiku", "keras", "optax", "tensorflow", "torch")
 _WORLD = (
     *("asyncio", "concurrent", "multiprocessing", "queue", "subprocess", "threading"),
     *("datetime", "random", "secrets", "time", "uuid"),
@@ -253,6 +253,15 @@ def test_the_client_loads_neither_jax_nor_the_other_two() -> None:
 def test_the_commands_help_loads_no_jax() -> None:
     loaded = loaded_by(
         "sys.argv = ['headwater', '--help']\nfrom headwater.client.main import main\nmain()"
+    )
+    assert "headwater.client.main" in loaded
+    assert loaded & HEAVY == set()
+
+
+def test_looking_at_a_run_loads_no_framework() -> None:
+    loaded = loaded_by(
+        "import headwater\nsys.argv = ['headwater', 'status', '--help']\n"
+        "from headwater.client.main import main\nmain()"
     )
     assert "headwater.client.main" in loaded
     assert loaded & HEAVY == set()
