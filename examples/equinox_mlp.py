@@ -57,8 +57,8 @@ class Net(eqx.Module):
         return self.output(self.dropout(self.norm(x), key=key))
 
 
-def task(data: str = "sample", width: int = 128, epochs: int = 5, examples: int = 60_000) -> Task:
-    """Train on the first `examples` of `data`: "sample", or the path of Keras's mnist.npz."""
+def task(data: str = "sample", width: int = 128, epochs: int = 5, every: int = 1) -> Task:
+    """Train on each `every`th digit of `data`: "sample", or the path of Keras's mnist.npz."""
 
     def init(key: jax.Array) -> Any:
         return eqx.filter(Net(width, key=key), eqx.is_inexact_array)
@@ -85,7 +85,7 @@ def task(data: str = "sample", width: int = 128, epochs: int = 5, examples: int 
     return Task(
         init=init,
         loss=loss,
-        data=lambda: ArrayData(**{name: x[:examples] for name, x in load(data)[0].items()}),
+        data=lambda: ArrayData(**{name: x[::every] for name, x in load(data)[0].items()}),
         optimizer="adam(1e-3)",
         batch_size=32,
         epochs=epochs,

@@ -67,9 +67,9 @@ class ResNet(nnx.Module):
 
 
 def task(
-    data: str = "sample", width: int = 16, depth: int = 3, epochs: int = 5, examples: int = 60_000
+    data: str = "sample", width: int = 16, depth: int = 3, epochs: int = 5, every: int = 1
 ) -> Task:
-    """Train on the first `examples` of `data`: "sample", or the path of Keras's mnist.npz."""
+    """Train on each `every`th digit of `data`: "sample", or the path of Keras's mnist.npz."""
 
     def make(key: jax.Array) -> Any:
         # Whatever is neither is an error here: there is nothing else that could be kept.
@@ -105,7 +105,7 @@ def task(
     return Task(
         init=init,
         loss=loss,
-        data=lambda: ArrayData(**{name: x[:examples] for name, x in load(data)[0].items()}),
+        data=lambda: ArrayData(**{name: x[::every] for name, x in load(data)[0].items()}),
         optimizer="adam(3e-3)",
         batch_size=32,
         epochs=epochs,
