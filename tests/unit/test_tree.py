@@ -157,6 +157,12 @@ def test_names_read_like_paths(params: Any, names: list[str]) -> None:
     assert ModelTree(params).names == names
 
 
+def test_flax_nnx_variables_are_named_as_flax_names_them() -> None:
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.eval_shape(lambda: nnx.List([nnx.Linear(1, 2, rngs=nnx.Rngs(0))]))
+    assert ModelTree(nnx.state(model, nnx.Param)).names == ["0/bias", "0/kernel"]
+
+
 def test_what_is_no_array_comes_back_as_it_was() -> None:
     params = {"empty": {}, "none": [None, ()], "dense": Dense(X, None, activation="tanh")}
     tree = ModelTree(params)
