@@ -83,7 +83,7 @@ def test_a_flax_nnx_model_trains_in_processes_and_is_given_back(tmp_path):
     from headwater.examples.mnist import load
 
     ended = run(
-        *("run", "--task", "headwater.examples.resnet_nnx", "--workers", "2", "--epochs", "3"),
+        *("run", "--task", "headwater.examples.resnet_nnx", "--workers", "2"),
         *("--listen", "127.0.0.1:0", "--run-dir", tmp_path / "run"),
         cwd=tmp_path, timeout_s=100,
     )  # fmt: skip
