@@ -84,10 +84,15 @@ def train(
         luck.shuffle(fates)
         for fate in fates:
             version = int(str(status_of(address).get("version", 0)))
-            wait_for(
-                lambda v=version: int(str(status_of(address).get("version", 0))) > v,
-                "an update", 90, lambda: status_of(address),
-            )  # fmt: skip
+
+            def has_moved(before: int = version) -> bool:
+                now = status_of(address)
+                # On a slow machine it may be over before the last of them is to be killed.
+                return int(str(now.get("version", 0))) > before or now.get("state") == "finished"
+
+            wait_for(has_moved, "an update", 90, lambda: status_of(address))
+            if status_of(address).get("state") == "finished":
+                break
             time.sleep(luck.random() * 0.1)  # at any point of an update
             if fate == "worker":
                 started[luck.randrange(len(started))].kill()
