@@ -18,7 +18,7 @@ from headwater.protos.errors import HeadwaterError, Unreachable, from_rpc_error
 from headwater.protos.reading import Reader
 from kit import counting
 from kit.lives import TASK, Lives, Witness, steady_workers
-from kit.processes import worker
+from kit.processes import START_TIMEOUT_S, worker
 from kit.protocol import BareWorker, counting_gradient, hello_of, key
 from kit.waiting import wait_for
 
@@ -96,22 +96,23 @@ def test_a_paused_server_ends_all_the_same(tmp_path):
 
 
 def test_the_next_server_waits_for_the_one_that_is_ending(tmp_path):
-    with Lives(tmp_path, counting.options(**SMALL), ["--grace", "4"]) as lives:
+    with Lives(tmp_path, counting.options(**SMALL), ["--grace", "60"]) as lives:
         lives.start()
-        with bare(lives) as hanging:
-            hanging.join()
-            hanging.ticket()
-            first = lives.command
-            first.send(signal.SIGTERM)
-            lives.command = None  # the next is started beside it
-            try:
+        first = lives.command
+        try:
+            with bare(lives) as hanging:
+                hanging.join()
+                hanging.ticket()
+                first.send(signal.SIGTERM)
+                lives.command = None  # the next is started beside it
                 wait_for(lambda: health(lives.address) == NOT_SERVING, "it is ending")
-                lives.start()
-                assert first.wait(10) == 0
-                assert "waiting up to 9 s for the server (pid " in lives.command.errors
-                assert lives.status()["incarnation"] == 2
-            finally:
-                first.__exit__(None, None, None)
+                lives.start(wait=False)
+                waits = "waiting up to 65 s for the server (pid "
+                wait_for(lambda: waits in lives.command.errors, "the next waits", START_TIMEOUT_S)
+            assert first.wait(30) == 0
+            wait_for(lambda: lives.status().get("incarnation") == 2, "the next goes on")
+        finally:
+            first.__exit__(None, None, None)
 
 
 def test_a_finished_run_is_finished_when_it_is_started_again(tmp_path):

@@ -465,8 +465,12 @@ def test_at_the_end_an_idle_worker_is_given_what_a_slow_one_has_in_reserve(start
     taken = [key(ticket) for ticket in _until_none_is_left(run, idle)]
 
     assert len(taken) == 7
-    slow.poll()
-    assert set(slow.leased) == {key(mine)}
+
+    def has_only_what_it_computes() -> bool:
+        slow.poll()
+        return set(slow.leased) == {key(mine)}
+
+    wait_for(has_only_what_it_computes, "the slow one hears that its reserve is gone")
     assert train(slow, mine).code == pb.OUTCOME_APPLIED
     assert idle.bye().reason == pb.BYE_FINISHED
     assert run.count() == [1.0] * (8 * BATCH)
