@@ -80,14 +80,16 @@ def read_fitted(run_dir: Path, restore: Callable[[Mapping[str, Any]], Any]) -> F
             epoch = record["epoch"]
         elif record["kind"] == "end":
             state = record["state"]
+    others = run_dir / "evaluation.safetensors"
     try:
         with path.open("rb") as file:
             notes, _ = read_header(file)
         arrays = read_file(path)
+        evaluated = read_file(others) if others.exists() else None
     except OSError as error:
         raise HeadwaterError(
-            f"the run has ended, and its weights could not be read from {path}: {error.strerror}; "
-            f"see {run_dir / 'logs'}"
+            f"the run has ended, and its weights could not be read from {error.filename or path}: "
+            f"{error.strerror}; see {run_dir / 'logs'}"
         ) from None
     weights = Weights(
         arrays,
@@ -97,10 +99,9 @@ def read_fitted(run_dir: Path, restore: Callable[[Mapping[str, Any]], Any]) -> F
         epoch=epoch,
     )
     params = restore(weights)
-    others = run_dir / "evaluation.safetensors"
     return Fitted(
         params=params,
-        evaluation_params=restore(read_file(others)) if others.exists() else params,
+        evaluation_params=params if evaluated is None else restore(evaluated),
         weights=weights,
         history=tuple(history),
         run_dir=run_dir,

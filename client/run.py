@@ -160,12 +160,19 @@ class Training:
 
     def _run_id(self) -> str:
         """Of the run that the run directory holds, or a new one."""
+        return str(self._recorded().get("run_id") or new_run_id())
+
+    def _recorded(self) -> Mapping[str, Any]:
+        """What the run directory says of the run it holds; {} of a new or a damaged one.
+
+        The server says what is wrong with it.
+        """
         folder = _option(self.server_options, "--run-dir")
         try:
             record = json.loads((Path(folder or "") / "run.json").read_text())
-            return str(record["run_id"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return new_run_id()  # the server says it if the directory is damaged
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
 
     def _wait_until_ready(self, server: Child) -> Mapping[str, Any] | None:
         """What the server says of itself once it serves; None when it ended instead."""
@@ -313,8 +320,13 @@ class Training:
     def _share_of_machine(self) -> dict[str, str]:
         """Environment that gives each process its share of the cores, and of a shared GPU."""
         # In sync mode the number of workers must not show in the bits.
-        in_sync = (_option(self.server_options, "--consistency") or "").startswith("sync")
-        cores = 1 if in_sync else max(1, core_count() // (self.workers + 1))
+        consistency = _option(self.server_options, "--consistency")
+        if consistency is None:
+            asked = self._recorded().get("asked")
+            consistency = asked.get("consistency") if isinstance(asked, dict) else None
+        cores = (
+            1 if str(consistency).startswith("sync") else max(1, core_count() // (self.workers + 1))
+        )
         share = {"NPROC": str(cores)}
         if self.platform != "cpu" and self.workers > 1:
             fraction = f"{0.9 / self.workers:.3f}"

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
@@ -181,7 +182,11 @@ class Layout:
 
     def count(self, role: pb.Role) -> int:
         """Tensors of this role."""
-        return sum(t.role == role for t in self.tensors)
+        return self._counts[role]
+
+    @functools.cached_property
+    def _counts(self) -> Counter[pb.Role]:
+        return Counter(t.role for t in self.tensors)
 
     @functools.cached_property
     def moving(self) -> Layout:

@@ -290,8 +290,6 @@ class Serving:
         if self._evaluated.differs:
             found = await asyncio.to_thread(self._evaluated.arrays, published)
             files[run_dir.evaluation_path] = found
-        else:
-            run_dir.evaluation_path.unlink(missing_ok=True)  # of a life that had such
         names = [spec.name for spec in run.layout.tensors]
         for path, tensors in files.items():
             weights = dict(zip(names, map(np.asarray, tensors), strict=True))

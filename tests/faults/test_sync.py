@@ -82,6 +82,7 @@ def train(
                 )
         fates = ["worker"] * kills + ["server"] * server_kills
         luck.shuffle(fates)
+        killed = 0
         for fate in fates:
             version = int(str(status_of(address).get("version", 0)))
 
@@ -94,6 +95,7 @@ def train(
             if status_of(address).get("state") == "finished":
                 break
             time.sleep(luck.random() * 0.1)  # at any point of an update
+            killed += 1
             if fate == "worker":
                 started[luck.randrange(len(started))].kill()
                 started.append(
@@ -104,6 +106,7 @@ def train(
                 # Continued without --consistency: the run knows how it was started.
                 again = ("server", "--task", task, "--listen", address, "--run-dir", "run", *words)
                 command = stack.enter_context(Command(*again, cwd=folder, **free))
+        assert killed or not fates, "over before anything was killed: give it more to do"
         wait_for(lambda: status_of(address).get("state") == "finished", "the end", 120)
         with Client(address) as client:
             status = client.status()

@@ -212,6 +212,18 @@ def test_weights_are_pulled_as_they_are_or_as_bfloat16() -> None:
         pulls("int8")
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "topk:0.1"])
+def test_state_crosses_as_it_is(kind: str) -> None:
+    """A counter or a running average must not be rounded."""
+    state = [("mean", np.dtype(np.float32), (500,)), ("seen", np.dtype(np.int64), ())]
+    model = Layout.of([("w", np.dtype(np.float32), (500,))], state)
+
+    *_, mean, seen = Compression.parse(kind).packed(model).tensors
+
+    assert (mean.dtype, mean.shape) == state[0][1:]
+    assert (seen.dtype, seen.shape) == state[1][1:]
+
+
 def test_double_precision_has_its_own_scale() -> None:
     with jax.enable_x64(True):
         model = layout((np.float64, (1500,)))
