@@ -23,6 +23,7 @@ from typing import IO, Any
 from headwater.client.main import command_line
 from headwater.client.memory import tuning
 from headwater.protos.command import LIFELINE_ENV, READY_ENV
+from headwater.protos.errors import HeadwaterError, RunFailed, Unreachable, UsageError
 from headwater.protos.rpc import join_address
 
 KEPT_LINES = 200
@@ -113,6 +114,14 @@ class Child:
                 return "\n".join(lines[at:]).partition(": error: ")[2]
         return "\n".join(lines[-20:])
 
+    @property
+    def ending(self) -> str:
+        """How it ended: that a signal did it, or what it said."""
+        status = self.status
+        if status is not None and status < 0:
+            return f"was ended by {signal.Signals(-status).name}"
+        return f"failed: {self.last_words()}"
+
     def send(self, number: int) -> None:
         """Send a signal, unless it has ended."""
         if self.process.poll() is None:
@@ -139,6 +148,16 @@ class Child:
                         with contextlib.suppress(OSError):
                             self._file.write(line)
                             self._file.flush()
+
+
+def failure(child: Child) -> HeadwaterError:
+    """The error of a process that ended, as our own."""
+    status = child.status or 0
+    kind = {2: UsageError, 3: Unreachable}.get(status, RunFailed)
+    error: HeadwaterError = kind(f"{child.name} {child.ending}")
+    if status > 0:
+        error.exit_status = status
+    return error
 
 
 def wait_all(children: Iterable[Child], timeout_s: float) -> bool:

@@ -25,6 +25,7 @@ from headwater.client.interrupts import Interrupts, Stopped
 from headwater.client.processes import (
     Child,
     core_count,
+    failure,
     free_address,
     is_free,
     kill_all,
@@ -32,7 +33,7 @@ from headwater.client.processes import (
 )
 from headwater.client.progress import Display
 from headwater.protos.command import RUN_ID_ENV, TASK_ENV, new_run_id
-from headwater.protos.errors import HeadwaterError, RunFailed, Unreachable, UsageError
+from headwater.protos.errors import HeadwaterError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
 
 POLL_S = 0.25
@@ -113,7 +114,7 @@ class Training:
         server, *workers = self._children
         if facts is None or "port_taken" in facts:
             server.process.wait()
-            raise _failure(server)
+            raise failure(server)
         self._run_dir = Path(facts["run_dir"])
         logs = self._run_dir / "logs"
         logs.mkdir(exist_ok=True)
@@ -121,7 +122,7 @@ class Training:
             child.log_to(logs / f"{child.name}.log")
         self._follow(server, workers, address, share, logs, evaluates=facts["evaluates"])
         if server.status != 0:
-            raise _failure(server)
+            raise failure(server)
         if not wait_all(self._children, SOON_S):
             # Still on their way to a server that had nothing more to do.
             for child in self._children:
@@ -235,13 +236,13 @@ class Training:
             if child.status not in (None, 0) and child.name not in gone:
                 gone.add(child.name)
                 if any(worker.status is None for worker in workers):
-                    self.display.say(f"warning: {child.name} {_how(child)}; the others go on")
+                    self.display.say(f"warning: {child.name} {child.ending}; the others go on")
                 elif len(gone) < len(workers):
-                    self.display.say(f"warning: {child.name} {_how(child)}")
+                    self.display.say(f"warning: {child.name} {child.ending}")
                 elif server.status is None:
-                    failure = _failure(child)
+                    error = failure(child)
                     self._stop_in_order()
-                    raise failure
+                    raise error
 
     def _stop_in_order(self) -> None:
         """End everything within 5 s: the server first, so that it keeps the weights."""
@@ -256,7 +257,7 @@ class Training:
             if self._run_dir is not None and self._children[0].status == 0:
                 self.display.say(f"the weights are in {self._run_dir / 'weights.safetensors'}")
             elif self._run_dir is not None:
-                self.display.say(f"server {_how(self._children[0])}")
+                self.display.say(f"server {self._children[0].ending}")
 
     # ---------------------------------------------------------------- starting
 
@@ -342,23 +343,6 @@ def _option(words: Sequence[str], name: str) -> str | None:
         if word.startswith(f"{name}="):
             return word.partition("=")[2]
     return None
-
-
-def _failure(child: Child) -> HeadwaterError:
-    """The error of a process that ended, as our own."""
-    status = child.status or 0
-    kind = {2: UsageError, 3: Unreachable}.get(status, RunFailed)
-    error: HeadwaterError = kind(f"{child.name} {_how(child)}")
-    if status > 0:
-        error.exit_status = status
-    return error
-
-
-def _how(child: Child) -> str:
-    status = child.status
-    if status is not None and status < 0:
-        return f"was ended by {signal.Signals(-status).name}"
-    return f"failed: {child.last_words()}"
 
 
 def print_result(facts: Mapping[str, Any]) -> None:

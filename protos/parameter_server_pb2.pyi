@@ -285,7 +285,7 @@ class Progress(_message.Message):
     def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., steps: _Optional[int] = ...) -> None: ...
 
 class Push(_message.Message):
-    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s", "slot", "queue_s")
+    __slots__ = ("token", "base", "incarnation", "loss", "metrics", "compute_s", "load_s", "slot", "queue_s", "tallies")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +302,7 @@ class Push(_message.Message):
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TALLIES_FIELD_NUMBER: _ClassVar[int]
     token: Token
     base: int
     incarnation: int
@@ -311,7 +312,8 @@ class Push(_message.Message):
     load_s: float
     slot: int
     queue_s: float
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ..., slot: _Optional[int] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    tallies: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., base: _Optional[int] = ..., incarnation: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., compute_s: _Optional[float] = ..., load_s: _Optional[float] = ..., slot: _Optional[int] = ..., queue_s: _Optional[float] = ..., tallies: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PushPart(_message.Message):
     __slots__ = ("token", "offset")

@@ -284,6 +284,11 @@ class Coordinator:
         if self.run.ledger.done:
             self.run.finish(None)
 
+    def allow_epochs(self, count: int) -> None:
+        """Let so many epochs be begun."""
+        self.run.ledger.allowed_epochs = count
+        self._pump()
+
     async def drain(self, timeout_s: float) -> None:
         """No more tickets; returns when those that are out have come back, or after the time."""
         self.run.draining = True

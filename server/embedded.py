@@ -11,10 +11,13 @@ from typing import Any
 
 from headwater.protos.errors import HeadwaterError
 from headwater.server.config import ServerConfig
+from headwater.server.pace import Pace
 from headwater.server.prepare import prepare
 from headwater.server.serve import Ended, Serving
+from headwater.server.store import Published
 from headwater.worker.load import LoadedTask
 from headwater.worker.task import Task
+from headwater.worker.tree import ModelTree
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -29,13 +32,17 @@ class Server:
     Args:
       task: The task; workers must have the same one under the same `name`.
       name: What workers' --task is called: a file's stem, or a module's last part.
+      pace: Of a program that leads the run by epochs.
       options: See `ServerConfig`; `listen` is a free port of 127.0.0.1 unless given.
 
     Raises:
       UsageError: The task or an option cannot work.
     """
 
-    def __init__(self, task: Task, *, name: str = "task", **options: Any) -> None:
+    def __init__(
+        self, task: Task, *, name: str = "task", pace: Pace | None = None, **options: Any
+    ) -> None:
+        self._pace = pace
         config = ServerConfig(**{"listen": "127.0.0.1:0", **options})
         self._prepared = prepare(LoadedTask(task, name, {}, ""), config)
         self.address = ""
@@ -87,10 +94,26 @@ class Server:
         """Have it called, in a thread of the server's, when the server has ended."""
         self._ended.add_done_callback(lambda _: call())
 
+    @property
+    def published(self) -> Published:
+        """The newest version, without a copy."""
+        serving = self._serving
+        return self._prepared.store.current if serving is None else serving.run_state.current
+
+    @property
+    def tree(self) -> ModelTree:
+        """Of the model that is served."""
+        return self._prepared.store.tree
+
+    def allow_epochs(self, count: int) -> None:
+        """Let so many epochs be begun; see `Pace`."""
+        if self._loop is not None and self._serving is not None:
+            self._loop.call_soon_threadsafe(self._serving.allow_epochs, count)
+
     async def _run(self) -> None:
         try:
             self._loop = asyncio.get_running_loop()
-            self._serving = Serving(self._prepared)
+            self._serving = Serving(self._prepared, self._pace)
             self._ended.set_result(await self._serving.run(self._ready.set_result))
         except BaseException as error:
             for future in (self._ready, self._ended):

@@ -40,7 +40,7 @@ class Ledger:
     """The batches 0 to total - 1 of a run, `per_epoch` in each epoch.
 
     At most `open_epochs` epochs are begun and not complete: no batch of a
-    later one is leased.
+    later one is leased. Nor is one of an epoch from `allowed_epochs` on.
     """
 
     def __init__(
@@ -50,6 +50,8 @@ class Ledger:
         self.applied = Ranges() if applied is None else applied
         self._per_epoch = per_epoch
         self._open_epochs = open_epochs
+        self.allowed_epochs: int | None = None
+        """Epochs that may be begun; None: all."""
         self._under_way: dict[int, tuple[BatchState, WorkerId]] = {}
         self._leased: dict[WorkerId, list[int]] = defaultdict(list)  # heaps
         # Pending are the returned ones (a heap) and those from `_fresh` on that
@@ -83,7 +85,7 @@ class Ledger:
         """Up to `count` positions of the lowest epoch that is not complete."""
         found: list[int] = []
         position = self.applied.low_water
-        end = min((self.epoch + 1) * self._per_epoch, self.total)
+        end = min((self.epoch + 1) * self._per_epoch, self._allowed_end)
         while len(found) < count and position < end:
             if position not in self.applied:
                 found.append(position)
@@ -102,7 +104,13 @@ class Ledger:
 
     @property
     def _open_end(self) -> int:
-        return min(self.total, (self.epoch + self._open_epochs) * self._per_epoch)
+        return min(self._allowed_end, (self.epoch + self._open_epochs) * self._per_epoch)
+
+    @property
+    def _allowed_end(self) -> int:
+        if self.allowed_epochs is None:
+            return self.total
+        return min(self.total, self.allowed_epochs * self._per_epoch)
 
     def leased_to(self, worker: WorkerId) -> list[int]:
         return sorted(self._leased.get(worker, ()))

@@ -18,6 +18,7 @@ from headwater.server.ledger import Ledger
 from headwater.server.lookers import Lookers
 from headwater.server.metrics import RunFigures
 from headwater.server.order import BatchOrder
+from headwater.server.pace import Pace
 from headwater.server.refusals import Refusals
 from headwater.server.roster import Member, Roster
 from headwater.server.rounds import Rounds
@@ -34,6 +35,7 @@ class Run:
         will come: the last batch was applied, or the run failed.
       inner_optimizer: With local steps, the workers'; "" for the task's own.
       settings: To hold from the start; by default those of the store's version.
+      pace: Of a program that leads the run.
       clock: Seconds, monotonic.
     """
 
@@ -49,6 +51,7 @@ class Run:
         optimizer_text: str,
         inner_optimizer: str = "",
         settings: Settings | None = None,
+        pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.current: Published = store.current
@@ -70,6 +73,9 @@ class Run:
         self.ledger = Ledger(
             rounds.total, rounds.per_epoch, store.current.applied, 1 if config.epoch_barrier else 2
         )
+        self.pace = pace
+        if pace is not None:
+            self.ledger.allowed_epochs = pace.epochs
         self.admission = Admission(
             self.ledger, self.staging.slots, self._avoided_by, self.settings.dial,
             lambda: len(self.able()),

@@ -32,6 +32,7 @@ from headwater.server import failpoints
 from headwater.server.coordinator import Coordinator
 from headwater.server.door import open_door
 from headwater.server.encoder import Encoder
+from headwater.server.pace import Pace
 from headwater.server.packed_versions import EvaluationVersions, PackedVersions
 from headwater.server.prepare import PortTaken, Prepared
 from headwater.server.run_state import Run
@@ -79,7 +80,7 @@ class Ended:
 class Serving:
     """One server on the running event loop. `run` returns when it has ended."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, pace: Pace | None = None) -> None:
         self._prepared = prepared
         self._stopping = asyncio.Event()
         self._done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
@@ -104,6 +105,7 @@ class Serving:
             optimizer_text=prepared.optimizer_text,
             inner_optimizer=prepared.inner_optimizer,
             settings=prepared.settings,
+            pace=pace,
         )
         self._coordinator = Coordinator(
             self.run_state,
@@ -130,6 +132,10 @@ class Serving:
             self._grace_ends = self.run_state.clock() + grace_s
             self._prepared.run_dir.ends_within(grace_s)
             self._stopping.set()
+
+    def allow_epochs(self, count: int) -> None:
+        """Let so many epochs be begun, of those of `Pace`. Call on the event loop."""
+        self._coordinator.allow_epochs(count)
 
     async def run(self, on_ready: Callable[[str], None]) -> Ended:
         """Serve until the run is over; `on_ready` gets the address once it is open.

@@ -20,6 +20,7 @@ from headwater.server.applier import Applier, Change, Check, Job, LeaveOut, Resu
 from headwater.server.dial import Dial
 from headwater.server.history import History
 from headwater.server.journal import Journal
+from headwater.server.pace import Tallies
 from headwater.server.refusals import Verdict
 from headwater.server.roster import Member
 from headwater.server.run_state import Run
@@ -259,6 +260,7 @@ class Updates:
         if isinstance(result, Published):
             self._run.admission.settle((job.ticket,), result.applied)
             self._run.refusals.left_out(job.ticket.position)
+            self._tell_pace(job.ticket, None)
         elif isinstance(result, Exception):
             self._run.admission.refuse(job.ticket)
             self._failed(result, "a batch could not be left out")
@@ -303,11 +305,16 @@ class Updates:
         member.gradients += 1
         member.staleness.add(staleness)
         member.examples.add(size, now)
+        self._tell_pace(ticket, push.tallies)
         outcome = replies.applied(push, result.version, staleness)
         if self.journal is None or ticket.number in self._told_held:
             self._tell(member, ticket, outcome)
         else:
             self._owed.owe(result.version, (member, outcome))
+
+    def _tell_pace(self, ticket: Ticket, tallies: Tallies | None) -> None:
+        if self._run.pace is not None:
+            self._run.pace.on_batch(ticket.position // self._run.rounds.per_epoch, tallies)
 
     def _refused(self, member: Member, push: pb.Push, ticket: Ticket, why: NotFinite) -> None:
         run = self._run

@@ -33,6 +33,13 @@ class Gradient:
     leaves: Sequence[jax.Array]
     """The gradient and then the new state, in layout order; each of its tensor's shape
     and dtype."""
+    tallies: Sequence[float] = ()
+    """Sums over the examples, where the loss gives such; see TALLIES."""
+
+
+TALLIES = ""
+"""Among a loss's metrics, the name of what is none but a vector of sums over the batch's
+examples, float; for a task whose server runs in a program that adds them up."""
 
 
 class AbstractGradientFunction(abc.ABC):
@@ -142,7 +149,9 @@ class GradientFunction(AbstractGradientFunction):
         )
         leaves = jax.block_until_ready([*grads, *state])
         on_step()
-        return Gradient(float(loss), {k: float(v) for k, v in metrics.items()}, leaves)
+        tallies = np.asarray(metrics.pop(TALLIES, ()), np.float64).tolist()
+        named = {name: float(metric) for name, metric in metrics.items()}
+        return Gradient(float(loss), named, leaves, tallies)
 
     def _compile(self, batch: Batch) -> Any:
         number = np.zeros((), np.uint32)
@@ -204,6 +213,8 @@ def _split(value: Any, has_state: bool = False) -> tuple[jax.Array, dict[str, An
             'scalars such as {"accuracy": accuracy}'
         )
     for name, metric in metrics.items():
+        if name == TALLIES:
+            continue
         if not isinstance(name, str) or not _is_real_scalar(metric):
             raise TaskError(f"metric {name!r} is {_describe(metric)}, not a scalar")
     return jnp.asarray(loss), dict(metrics), state

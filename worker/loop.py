@@ -375,6 +375,7 @@ class Worker:
             compute_s=computed - loaded,
             load_s=loaded - began,
             queue_s=began - task.since,
+            tallies=gradient.tallies,
         )
         self._unanswered += 1
         if ticket.gradient_slot and link.slots is not None:

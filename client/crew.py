@@ -1,0 +1,98 @@
+"""Workers for a server that runs in this very process, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from headwater.client.processes import Child, failure, kill_all, wait_all
+from headwater.protos.command import RUN_ID_ENV, TASK_ENV
+
+log = logging.getLogger("headwater")
+
+LEAVE_TIMEOUT_S = 3.0
+"""For workers to finish what they have in hand."""
+
+
+class Crew:
+    """So many `headwater worker` processes, which end with the block.
+
+    Args:
+      count: How many.
+      address: Of the server.
+      run_id: The run that they join, and no other.
+      task: What it is called.
+      task_file: Descriptor of the file with the task; see worker/handed.py.
+      options: Of `headwater worker`, the same for all.
+      environment: Added to ours.
+      logs: The folder for what they say.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        address: str,
+        run_id: str,
+        task: str,
+        task_file: int,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] = {},
+        logs: Path,
+    ) -> None:
+        self._children: list[Child] = []
+        self._gone: set[str] = set()
+        logs.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._end)
+            for number in range(1, count + 1):
+                name = f"worker-{number}"
+                child = Child(
+                    name,
+                    "worker",
+                    ["--task", task, "--server", address, "--name", name, *options],
+                    environment={**environment, RUN_ID_ENV: run_id},
+                    inherits={TASK_ENV: task_file},
+                )
+                self._children.append(child)
+                child.log_to(logs / f"{name}.log")
+            opened.pop_all()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def look(self) -> None:
+        """Warn of workers that failed.
+
+        Raises:
+          HeadwaterError: All of them did; with what the last one said.
+        """
+        for child in self._children:
+            if child.status not in (None, 0) and child.name not in self._gone:
+                self._gone.add(child.name)
+                if len(self._gone) == len(self._children):
+                    raise failure(child)
+                log.warning("%s %s; the others go on", child.name, child.ending)
+
+    def _end(self) -> None:
+        # Those that the server has sent away are on their way out.
+        if not wait_all(self._children, LEAVE_TIMEOUT_S):
+            for child in self._children:
+                child.send(signal.SIGTERM)
+            wait_all(self._children, LEAVE_TIMEOUT_S)
+        kill_all(self._children)
+        for child in self._children:
+            child.close()
+        self._children.clear()
