@@ -44,7 +44,7 @@ class KerasOptimizer(AbstractOptimizer):
         self._optimizer = optimizer
         self._names = list(names)
         self._slots = list(slots)
-        self._first = [np.array(variable) for variable in optimizer.variables]
+        self._first = [np.array(variable.value) for variable in optimizer.variables]
         # A schedule is computed from the count of updates, and is no variable.
         rate = getattr(optimizer, "_learning_rate", None)
         self._rate = next(

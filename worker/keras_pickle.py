@@ -17,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.utils.backend_utils import DynamicBackend
 from keras.src.utils.tracking import TrackedDict, TrackedList, TrackedSet
 
 from headwater.worker.pickler import Pickler
@@ -64,7 +65,7 @@ class _ModelPickler(Pickler):
         if isinstance(value, keras.Variable) and id(value) in self._served:
             state = {**vars(value), "_value": None, "_initializer": None}
             return _bare, (type(value),), state, None, None, _as_zeros
-        if isinstance(value, KerasSaveable):
+        if isinstance(value, KerasSaveable | DynamicBackend):
             state = dict(vars(value))
             if isinstance(value, keras.Model):
                 state = {name: state[name] for name in state if name not in OVERRIDDEN}

@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-import numpy.typing as npt
 
 from headwater.worker import keras_pickle
 from headwater.worker.data import Batch
 from headwater.worker.gradient import TALLIES
-from headwater.worker.task import Task, TaskError
+from headwater.worker.keras_data import KerasBatches, KerasData
+from headwater.worker.task import Task
 from headwater.worker.tree import PyTree
 
 Arrays = Sequence[Any]
@@ -149,7 +149,7 @@ class KerasLoss:
         self._model = model
         self._variables = variables
         model.reset_metrics()
-        self._metrics_at_first = [np.array(v) for v in model.metrics_variables]
+        self._metrics_at_first = [np.array(v.value) for v in model.metrics_variables]
 
     def __call__(
         self,
@@ -209,8 +209,8 @@ class _Init:
 
     def __init__(self, model: keras.Model, variables: Variables) -> None:
         self._made = variables.named(
-            [np.array(v) for v in model.trainable_variables],
-            [np.array(v) for v in model.non_trainable_variables],
+            [np.array(v.value) for v in model.trainable_variables],
+            [np.array(v.value) for v in model.non_trainable_variables],
         )
 
     def __call__(self, key: jax.Array) -> PyTree:
@@ -231,93 +231,6 @@ class _Zeros:
         return jax.tree.map(
             lambda described: jnp.zeros(*described), self._made, is_leaf=is_described
         )
-
-
-# ------------------------------------------------------------------------ data
-
-
-class KerasData:
-    """What `fit` is given, example by example: `(x, y, sample_weight)`, each a tree or None.
-
-    Raises:
-      TaskError: It cannot be indexed, or its arrays differ in length.
-    """
-
-    def __init__(self, x: Any, y: Any = None, sample_weight: Any = None) -> None:
-        self.arrays = tuple(
-            keras.tree.map_structure(lambda leaf, name=name: _array(leaf, name), tree)
-            for name, tree in (("x", x), ("y", y), ("sample_weight", sample_weight))
-        )
-        lengths = {len(leaf) for leaf in keras.tree.flatten(self.arrays) if leaf is not None}
-        if len(lengths) != 1:
-            raise TaskError(f"fit: x, y and sample_weight differ in length: {sorted(lengths)}")
-        (self._length,) = lengths
-
-    def __len__(self) -> int:
-        return self._length
-
-    def batch(self, indices: npt.NDArray[np.int64], rng: np.random.Generator) -> Batch:
-        """See `Indexed.batch`; floats are of Keras's `floatx`."""
-        floatx = keras.config.floatx()
-
-        def taken(array: np.ndarray | None) -> Any:
-            if array is None:
-                return None
-            found = array[indices]
-            is_float = found.dtype.kind == "f" and found.dtype != floatx
-            return found.astype(floatx) if is_float else found
-
-        return keras.tree.map_structure(taken, self.arrays)
-
-
-class KerasBatches:
-    """A `keras.utils.PyDataset`, whose items are batches: each is one of the run's batches."""
-
-    def __init__(self, source: keras.utils.PyDataset) -> None:
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def batch(self, indices: npt.NDArray[np.int64], rng: np.random.Generator) -> Batch:
-        """See `Indexed.batch`; there is one index."""
-        (at,) = indices
-        item = self._source[int(at)]
-        given = item if isinstance(item, tuple) else (item,)
-        whole = KerasData(*given)
-        return whole.batch(np.arange(len(whole)), rng)
-
-
-def _array(leaf: Any, name: str) -> np.ndarray | None:
-    if leaf is None:
-        return None
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "__array__"):
-        raise TaskError(
-            f"fit: {name} has a {type(leaf).__name__}, which workers cannot index; give arrays, "
-            "or a keras.utils.PyDataset"
-        )
-    array = np.asarray(leaf)
-    if array.ndim == 0 or (array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16"):
-        raise TaskError(
-            f"fit: {name} is {array.dtype.name}{list(array.shape)}, no array of numbers"
-        )
-    return array
-
-
-def class_weights(y: Any, weights: Mapping[int, float]) -> np.ndarray:
-    """`class_weight` as a weight for each example, float32 of shape (examples,).
-
-    Args:
-      y: Classes, or one-hot.
-    """
-    classes = np.asarray(y)
-    if classes.ndim > 1:
-        is_column = classes.shape[-1] == 1
-        classes = classes.squeeze(-1) if is_column else classes.argmax(-1)
-    return np.array([weights.get(int(c), 1.0) for c in np.round(classes)], keras.config.floatx())
-
-
-# ------------------------------------------------------------------------ task
 
 
 def task_of(

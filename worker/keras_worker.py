@@ -20,45 +20,31 @@ import inspect
 import os
 import re
 import sys
-import time
+import threading
 import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import keras
 import numpy as np
 
-from headwater.client.client import Client, Weights
+from headwater.client.client import Client
 from headwater.client.crew import Crew
 from headwater.client.processes import core_count
-from headwater.protos.errors import HeadwaterError, RunFailed, Unreachable, UsageError
+from headwater.protos.errors import Unreachable, UsageError
 from headwater.server.embedded import Server
-from headwater.server.here import GRACE_S
-from headwater.server.keras_optimizer import LEARNING_RATE, KerasOptimizer
+from headwater.server.here import GRACE_S, PATIENCE_S
+from headwater.server.keras_optimizer import KerasOptimizer
 from headwater.server.keywords import read_keywords
-from headwater.server.pace import Pace, Tallies
+from headwater.server.pace import Pace
 from headwater.worker import handed
-from headwater.worker.keras_task import (
-    KerasBatches,
-    KerasData,
-    Variables,
-    build,
-    class_weights,
-    task_of,
-)
+from headwater.worker.keras_data import KerasBatches, training_data
+from headwater.worker.keras_steps import Progress, Steps, overridden, with_report
+from headwater.worker.keras_task import Variables, build, task_of
 from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask, is_loading
 from headwater.worker.loop import Worker
 from headwater.worker.task import Task
-
-POLL_S = 0.005
-"""Between two looks for updates: each wakes this thread, in the process that makes them."""
-
-LOOK_S = 0.5
-"""Between two looks at whether all are well."""
 
 JOIN_TIMEOUT_S = 60.0
 """For a server to be there that is to be joined."""
@@ -91,7 +77,7 @@ class ParameterServerStrategy:
 
     Args:
       server: HOST:PORT of a server to join, as a worker.
-      workers: Processes to start here; 0 waits for workers that join.
+      workers: Processes to start here; 0 computes in a thread of this one, for a debugger.
       name: What the run directory, runs/NAME-…, is called after; those who join must
         have the same.
       platform: Where the workers compute: cpu, gpu or tpu; by default JAX's own choice.
@@ -176,7 +162,7 @@ class ParameterServerStrategy:
         bound = inspect.signature(keras.Model.fit).bind(model, *args, **named)
         bound.apply_defaults()
         given = bound.arguments
-        data, batch_size = _data(given), given["batch_size"] or 32
+        data, batch_size = training_data(given), given["batch_size"] or 32
         if isinstance(data, KerasBatches):
             batch_size = 1  # of what the server counts
         variables = build(model, data, batch_size)
@@ -194,14 +180,15 @@ class ParameterServerStrategy:
     def _lead(
         self, model: keras.Model, variables: Variables, task: Task, given: dict[str, Any]
     ) -> keras.callbacks.History:
-        progress = _Progress()
-        seed = self._seed if self._seed is not None else int(np.random.randint(2**31))  # noqa: NPY002  (Keras's)
+        progress = Progress()
+        seed = int(np.random.randint(2**31)) if self._seed is None else self._seed  # noqa: NPY002  (the one that Keras seeds)
         first = given["initial_epoch"]
+        patient = {"ticket_timeout_s": PATIENCE_S, "compile_timeout_s": PATIENCE_S}
         server = Server(
             task,
             name=self._name,
             pace=Pace(0, progress.on_batch),
-            **{"grace_s": GRACE_S, **self._fields},
+            **{"grace_s": GRACE_S, **({} if self._workers else patient), **self._fields},
             epochs=given["epochs"] - first,
             epoch_barrier=True,
             seed=seed,
@@ -209,265 +196,64 @@ class ParameterServerStrategy:
         with contextlib.ExitStack() as opened:
             opened.enter_context(server)
             client = opened.enter_context(Client(server.address))
-            crew = self._crew(opened, server, client, task) if self._workers else None
-            opened.callback(server.stop)  # first of all: it tells the workers to end
+            file = opened.enter_context(handed.write(task))
+            if self._workers:
+                crew = opened.enter_context(self._crew(server, client, file.fileno()))
+                look = crew.look
+            else:
+                look = _Here(server, self._name, file.fileno()).look
+            opened.callback(server.stop)  # the first to be called: it tells the workers to end
             if given["verbose"]:
                 print(_beginning(server, self._workers), file=sys.stderr)
-            steps = _Steps(model, variables, server, client, crew, progress)
+            steps = Steps(model, variables, server, client, progress, look)
             steps.take_up()
-            with _overridden(model, steps):
-                given["initial_epoch"] = first + steps.epoch
-                given["callbacks"] = _with_report(given["callbacks"], steps)
-                history = keras.Model.fit(**given)
-        return history
+            given["initial_epoch"] = first + steps.epoch
+            given["callbacks"] = with_report(given["callbacks"], steps)
+            with overridden(model, steps):
+                return keras.Model.fit(**given)
 
-    def _crew(
-        self, opened: contextlib.ExitStack, server: Server, client: Client, task: Task
-    ) -> Crew:
+    def _crew(self, server: Server, client: Client, task_file: int) -> Crew:
         in_sync = str(self._fields.get("consistency")).startswith("sync")
         threads = 1 if in_sync else max(1, core_count() // (self._workers + 1))
         share = {} if "NPROC" in os.environ else {"NPROC": str(threads)}
-        file = opened.enter_context(handed.write(task))
-        return opened.enter_context(
-            Crew(
-                self._workers,
-                address=server.address,
-                run_id=str(client.status()["run_id"]),
-                task=self._name,
-                task_file=file.fileno(),
-                options=[] if self._platform is None else ["--platform", self._platform],
-                environment={**share, "KERAS_BACKEND": "jax"},
-                logs=server.run_dir / "logs",
-            )
+        return Crew(
+            self._workers,
+            address=server.address,
+            run_id=str(client.status()["run_id"]),
+            task=self._name,
+            task_file=task_file,
+            options=[] if self._platform is None else ["--platform", self._platform],
+            environment={**share, "KERAS_BACKEND": "jax"},
+            logs=server.run_dir / "logs",
         )
 
 
 def _beginning(server: Server, workers: int) -> str:
-    who = f"{workers} worker{'s' * (workers != 1)} here" if workers else "waiting for workers"
+    who = f"{workers} worker{'s' * (workers != 1)}" if workers else "computed in this process"
     return f"headwater: training at {server.address}, {who}; kept in {server.run_dir}"
 
 
-# ------------------------------------------------------------------- the steps
+class _Here:
+    """A worker in a thread of this process, with a model of its own; ends with the server."""
 
+    def __init__(self, server: Server, name: str, task_file: int) -> None:
+        task = handed.read(os.dup(task_file))
+        patience = Patience(server.address, JOIN_TIMEOUT_S)
+        self._worker = Worker(LoadedTask(task, name, {}, ""), server.address, patience, name="here")
+        self._error: Exception | None = None
+        server.when_ended(self._worker.give_up)
+        threading.Thread(target=self._run, name="headwater-worker", daemon=True).start()
 
-class _Progress:
-    """What the server has applied, from its thread to the one that trains."""
+    def look(self) -> None:
+        """Raises what ended it, if it has failed."""
+        if self._error is not None:
+            raise self._error
 
-    def __init__(self) -> None:
-        self._applied: deque[Tallies | None] = deque()
-
-    def on_batch(self, epoch: int, tallies: Tallies | None) -> None:
-        """See `Pace.on_batch`."""
-        self._applied.append(tallies)
-
-    def next(self) -> list[Tallies | None]:
-        """Of at most one more batch; empty when there is none yet."""
-        return [self._applied.popleft()] if self._applied else []
-
-
-class _Steps:
-    """Keras's `train_function` of one fit: (state, iterator) -> (logs, state).
-
-    State is as in Keras's JAX trainer: (trainable, non-trainable, optimizer's, metrics')
-    variables' values.
-    """
-
-    def __init__(
-        self,
-        model: keras.Model,
-        variables: Variables,
-        server: Server,
-        client: Client,
-        crew: Crew | None,
-        progress: _Progress,
-    ) -> None:
-        self._model = model
-        self._variables = variables
-        self._server = server
-        self._client = client
-        self._crew = crew
-        self._progress = progress
-        status = client.status()
-        self._run_id = str(status["run_id"])
-        self._per_epoch = int(str(status["batches_total"])) // int(str(status["epochs"]))
-        self.epoch, self._done = divmod(int(str(status["batches_applied"])), self._per_epoch)
-        """Of the run, and how many of its batches are done with."""
-        self._is_begun = False
-        self._tree = server.tree
-        self._seeds = [
-            np.array(variable)
-            for variable, (_, role) in zip(
-                model.non_trainable_variables, variables.others, strict=True
-            )
-            if role == "seed"
-        ]
-        self._metrics_at_first = [np.array(v) for v in model.metrics_variables]
-        self._sums = [np.zeros(v.shape, np.float64) for v in self._metrics_at_first]
-        self._results = jax.jit(self._results_of)
-        self._looked_time = time.monotonic()
-
-    def take_up(self) -> None:
-        """Have the model hold what the server has, of a run that is continued."""
-        if self._server.published.version > 0:
-            trained, others, slots, _ = self.state()
-            model = self._model
-            for variable, value in zip(
-                [*model.trainable_variables, *model.non_trainable_variables,
-                 *model.optimizer.variables],
-                [*trained, *others, *slots], strict=True,
-            ):  # fmt: skip
-                variable.assign(jnp.array(value))
-
-    def __call__(self, state: Any, iterator: Any) -> tuple[dict[str, Any], Any]:
-        if not self._is_begun:
-            self._begin(state)
-        while not (found := self._progress.next()):
-            self._look()
-            time.sleep(POLL_S)
-        (tallies,) = found
-        if tallies is not None:
-            self._add(tallies)
-        self._done += 1
-        if self._done == self._per_epoch:
-            self.epoch, self._done, self._is_begun = self.epoch + 1, 0, False
-        state = self.state()
-        return self._results(state[3]), state
-
-    def state(self) -> tuple[Any, Any, Any, Any]:
-        """Of the newest version; the arrays are the server's, and must not be donated."""
-        published = self._server.published
-        params, model_state = self._tree.restore(published.tensors)
-        trained, others = self._variables.in_order(params, model_state, iter(self._seeds))
-        slots = [published.optimizer_state[slot] for slot in self._variables.slots]
-        metrics = [
-            (first + total).astype(first.dtype)
-            for first, total in zip(self._metrics_at_first, self._sums, strict=True)
-        ]
-        return trained, others, slots, metrics
-
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """Have an evaluation of the newest version be shown by `headwater status`."""
-        published = self._server.published
-        weights = Weights(
-            {},
-            run_id=self._run_id,
-            incarnation=published.incarnation,
-            version=published.version,
-            epoch=self.epoch,
-        )
-        with contextlib.suppress(HeadwaterError):  # the training does not hang on it
-            self._client.report_evaluation(weights, metrics)
-
-    # ------------------------------------------------------------ privately
-
-    def _begin(self, state: Any) -> None:
-        """The first step of an epoch: what callbacks changed, and then the go-ahead."""
-        model = self._model
-        # Should it be interrupted: the model was emptied of its values for the epoch.
-        names = ("trainable", "non_trainable", "optimizer", "metrics")
-        model._jax_state = {
-            f"{name}_variables": values for name, values in zip(names, state, strict=True)
-        }
-        trained, _, slots, _ = state
-        served, _, served_slots, _ = self.state()
-        for name, ours, theirs in zip(self._variables.trained, trained, served, strict=True):
-            if not np.array_equal(ours, theirs):
-                raise UsageError(
-                    f"fit: a callback changed the weights ({name}) between two epochs, which the "
-                    "server has; change them before fit, or train without Headwater"
-                )
-        for variable, ours, theirs in zip(
-            model.optimizer.variables, slots, served_slots, strict=True
-        ):
-            if variable is model.optimizer._learning_rate and not np.array_equal(ours, theirs):
-                self._client.set({LEARNING_RATE: repr(float(ours))})
-        for total in self._sums:
-            total[...] = 0
-        self._is_begun = True
-        self._server.allow_epochs(self.epoch + 1)
-
-    def _add(self, tallies: Tallies) -> None:
-        at = 0
-        for total in self._sums:
-            total[...] += np.reshape(tallies[at : at + total.size], total.shape)
-            at += total.size
-
-    def _results_of(self, metrics: Sequence[Any]) -> dict[str, Any]:
-        mapping = list(zip(self._model.metrics_variables, metrics, strict=True))
-        with keras.StatelessScope(state_mapping=mapping):
-            return self._model.get_metrics_result()
-
-    def _look(self) -> None:
-        """Whether anything still comes.
-
-        Raises:
-          HeadwaterError: The run failed or was stopped, or no worker is left.
-        """
-        now = time.monotonic()
-        if now - self._looked_time < LOOK_S:
-            return
-        self._looked_time = now
-        with contextlib.suppress(TimeoutError):
-            ended = self._server.wait(0)
-            raise RunFailed(
-                f"fit: {ended.message}" if ended.message else
-                f"fit: the run was stopped at version {ended.version}; the weights are kept in "
-                f"{self._server.run_dir}"
-            )  # fmt: skip
-        if self._crew is not None and not self._is_served_by_others():
-            self._crew.look()
-
-    def _is_served_by_others(self) -> bool:
-        workers: Any = self._client.status()["workers"]
-        return any(not str(w["name"]).startswith("worker-") for w in workers)
-
-
-@contextlib.contextmanager
-def _overridden(model: keras.Model, steps: _Steps) -> Iterator[None]:
-    """Have Keras's fit take its steps from `steps`."""
-
-    def make_train_function(force: bool = False) -> None:
-        model.train_function = steps
-
-    def jax_state_sync() -> None:
-        state = getattr(model, "_jax_state", None)
-        if state and not model._jax_state_synced:
-            # Keras's evaluate donates what the model holds, and the server goes on with its own.
-            model._jax_state = {name: list(map(jnp.array, state[name])) for name in state}
-            type(model).jax_state_sync(model)
-
-    own = vars(model)
-    own["make_train_function"], own["jax_state_sync"] = make_train_function, jax_state_sync
-    try:
-        yield
-    finally:
-        del own["make_train_function"], own["jax_state_sync"]
-        model.train_function = None
-
-
-class _Report(keras.callbacks.Callback):
-    """Tells the server what an epoch's validation found."""
-
-    def __init__(self, steps: _Steps) -> None:
-        super().__init__()
-        self._steps = steps
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        found = {
-            name.removeprefix("val_"): float(value)
-            for name, value in (logs or {}).items()
-            if name.startswith("val_") and np.ndim(value) == 0
-        }
-        if found:
-            self._steps.report(found)
-
-
-def _with_report(callbacks: Any, steps: _Steps) -> Any:
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(_Report(steps))
-        return callbacks
-    given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
-    return [*given, _Report(steps)]
+    def _run(self) -> None:
+        try:
+            self._worker.run()
+        except Exception as error:
+            self._error = error
 
 
 # --------------------------------------------------------------------- joining
@@ -500,47 +286,6 @@ def _join(
 
 
 # -------------------------------------------------------------------- checking
-
-
-def _data(given: dict[str, Any]) -> KerasData | KerasBatches:
-    """What `fit` is to train on, from its arguments; takes what is for validation out of it."""
-    x, y, weight = given["x"], given["y"], given["sample_weight"]
-    if isinstance(x, keras.utils.PyDataset):
-        if given["class_weight"] is not None:
-            raise UsageError("fit: class_weight goes with arrays; weigh the batches of a PyDataset")
-        return KerasBatches(x)
-    if given["shuffle"] not in (True, False):
-        raise UsageError(f"fit: shuffle is True or False, not {given['shuffle']!r}")
-    if given["steps_per_epoch"] is not None:
-        raise UsageError(
-            "fit: steps_per_epoch has no place: an epoch is all batches, each exactly once; pass "
-            "fewer examples, or a keras.utils.PyDataset of so many batches"
-        )
-    if given["class_weight"] is not None:
-        if weight is not None:
-            raise UsageError("fit takes class_weight or sample_weight, not both")
-        if keras.tree.is_nested(y):
-            raise UsageError("fit: class_weight is for a model with one output")
-        given["sample_weight"] = weight = class_weights(y, given["class_weight"])
-        given["class_weight"] = None
-    data = KerasData(x, y, weight)
-    if given["validation_split"] and given["validation_data"] is None:
-        share = given["validation_split"]
-        count = int(len(data) * (1.0 - share))
-        if not 0 < count < len(data):
-            raise UsageError(
-                f"fit: validation_split={share} leaves nothing of {len(data)} examples"
-            )
-        first, last = (
-            keras.tree.map_structure(
-                lambda a, part=part: None if a is None else a[part], data.arrays
-            )
-            for part in (slice(count), slice(count, None))
-        )
-        given.update(zip(("x", "y", "sample_weight"), first, strict=True))
-        given.update(validation_data=last, validation_split=0.0)
-        data = KerasData(*first)
-    return data
 
 
 def _check(model: keras.Model) -> None:

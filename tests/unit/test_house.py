@@ -45,7 +45,13 @@ ARROWS = {
     "headwater": ("headwater",),  # all of it on first use; another test holds the laziness
     "headwater.protos": ("headwater.protos",),
     "headwater.worker": ("headwater.worker", "headwater.protos"),
-    "headwater.worker.keras_worker": ("headwater.worker", "headwater.protos", "headwater.client"),
+    # A program leads its training: the server runs in it, the workers are its processes.
+    "headwater.worker.keras_worker": (
+        *("headwater.worker", "headwater.protos", "headwater.client", "headwater.server"),
+    ),
+    "headwater.worker.keras_steps": (
+        *("headwater.worker", "headwater.protos", "headwater.client", "headwater.server"),
+    ),
     "headwater.worker.torch_worker": ("headwater.worker", "headwater.protos", "headwater.client"),
     "headwater.server": ("headwater.server", "headwater.protos", *_TASK_API),
     # Both sides in one process, without a server.
@@ -82,6 +88,9 @@ SHUNNED = {
 }
 """What else a module may not import."""
 
+EXTRAS = ("equinox", "flax", "haiku", "keras", "tensorflow", "torch")
+"""Libraries that come with an extra: for its adapter, worker/<library>_*.py, and examples alone."""
+
 
 def imports(source: str) -> Iterator[str]:
     """The dotted names that `source` imports, at any depth: `from a import b` is "a.b"."""
@@ -108,7 +117,13 @@ def breaches(module: str, source: str) -> list[str]:
         if name.startswith(".")
         or (within(name, ("headwater",)) and not within(name, allowed))
         or within(name, tuple(shunned))
+        or (within(name, EXTRAS) and not may_use_extra(module, name.partition(".")[0]))
     )
+
+
+def may_use_extra(module: str, library: str) -> bool:
+    adapter = module.startswith(f"headwater.worker.{library}_")
+    return adapter or within(module, ("headwater.examples",))
 
 
 def bare_imports(source: str) -> list[str]:
@@ -158,6 +173,9 @@ def test_imports_follow_the_arrows() -> None:
         ("headwater.worker.loop", "from headwater import Client", ["headwater.Client"]),
         ("headwater.worker.loop", "from .task import Task", [".task.Task"]),
         ("headwater.worker.keras_worker", "from headwater.client.client import Client", []),
+        ("headwater.worker.keras_task", "import keras.src.models", []),
+        ("headwater.worker.loop", "import keras.src.models", ["keras.src.models"]),
+        ("headwater.worker.keras_task", "import torch", ["torch"]),
         ("headwater.server.store", "from headwater.worker.task import Task", []),
         (
             "headwater.server.store",
