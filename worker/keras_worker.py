@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from headwater.client.client import Client
+from headwater.client.client import Client, Weights
 from headwater.client.crew import Crew
 from headwater.client.processes import core_count
 from headwater.protos.errors import Unreachable, UsageError
@@ -48,6 +49,12 @@ from headwater.worker.task import Task
 
 JOIN_TIMEOUT_S = 60.0
 """For a server to be there that is to be joined."""
+
+LAST_TIMEOUT_S = 10.0
+"""For the last weights to come, when the run is over."""
+
+_FAR = 1 << 48
+"""Versions that no run makes."""
 
 _SAID_BY_FIT = {
     "epochs": "epochs",
@@ -262,27 +269,56 @@ class _Here:
 def _join(
     model: keras.Model, variables: Variables, loaded: LoadedTask, address: str
 ) -> keras.callbacks.History:
-    """Compute for the server at `address` until the run is over; its final weights."""
+    """Compute for the server at `address` until the run is over; then have its final weights."""
+    last = _LastWeights(address)
     Worker(loaded, address, Patience(address, JOIN_TIMEOUT_S)).run()
-    history = keras.callbacks.History()
-    history.set_model(model)
-    history.on_train_begin()
-    try:
-        with Client(address) as client:
-            weights = client.pull()
-    except Unreachable:
-        print(
-            f"headwater: the server at {address} has ended with its fit; the final weights are "
-            "there, and this model's are as they were",
-            file=sys.stderr,
-        )
-        return history
+    weights = last.get()
     names = [*variables.trained, *(name for name, _ in variables.others)]
     own = [*model.trainable_variables, *model.non_trainable_variables]
     for name, variable in zip(names, own, strict=True):
-        if name in weights:
+        if name in weights:  # seeds are not
             variable.assign(weights[name])
+    history = keras.callbacks.History()
+    history.set_model(model)
+    history.on_train_begin()
     return history
+
+
+class _LastWeights:
+    """Waits for a run's last version, from the start: later the server may have gone."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._found: Weights | None = None
+        self._thread = threading.Thread(target=self._wait, name="headwater-last", daemon=True)
+        self._thread.start()
+
+    def get(self) -> Weights:
+        """What came.
+
+        Raises:
+          Unreachable: The server ended without a word.
+        """
+        self._thread.join(LAST_TIMEOUT_S)
+        if self._found is None:
+            raise Unreachable(
+                f"the server at {self._address} ended without its last weights; they are in its "
+                "run directory"
+            )
+        return self._found
+
+    def _wait(self) -> None:
+        end = time.monotonic() + JOIN_TIMEOUT_S
+        with Client(self._address) as client:
+            while True:
+                try:
+                    for weights in client.subscribe(every=_FAR):
+                        self._found = weights
+                    return
+                except Unreachable:  # there may be none yet
+                    if self._found is not None or time.monotonic() > end:
+                        return
+                    time.sleep(0.2)
 
 
 # -------------------------------------------------------------------- checking
