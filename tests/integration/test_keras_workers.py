@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,20 @@ def test_a_program_that_was_killed_goes_on_in_its_run_directory() -> None:
     assert found["updates"] == 4 * STEPS
     assert 1 <= found["epochs"][0] <= 3
     assert found["epochs"][-1] == 3
+
+
+def test_the_program_in_the_docs_learns() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "keras.md").read_text()
+    program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    Path("program.py").write_text(program + "\nprint(history.history['val_accuracy'][-1])\n")
+
+    done = subprocess.run(  # noqa: S603  (the page's)
+        [sys.executable, "program.py"], capture_output=True, text=True, timeout=100, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"training at 127.0.0.1:\d+, 2 workers; kept in runs/keras-", done.stderr)
+    assert float(done.stdout.split()[-1]) > 0.88
 
 
 def test_ctrl_c_ends_the_workers_as_well() -> None:

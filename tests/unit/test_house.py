@@ -66,7 +66,7 @@ ARROWS = {
         *("headwater.server.here", "headwater.server.keywords"),
         *("headwater.worker.handed", "headwater.worker.load", "headwater.worker.task"),
     ),
-    "headwater.examples": (*_API, "headwater.examples"),
+    "headwater.examples": (*_API, "headwater.examples", "headwater.worker.keras_worker"),
 }
 """What of Headwater a module may import; the longest entry that fits the module holds."""
 
