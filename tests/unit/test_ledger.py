@@ -241,3 +241,25 @@ def test_a_certain_leased_batch_can_be_moved_and_taken() -> None:
     assert [ledger.leased_to(worker) for worker in (ALICE, BOB)] == [[0], []]
     with pytest.raises(LedgerError, match=r"^batch 4 is pending or applied, not leased$"):
         ledger.move(4, BOB)
+
+
+def test_nothing_is_begun_of_an_epoch_that_is_not_allowed() -> None:
+    ledger = Ledger(total=6, per_epoch=2)
+    ledger.allowed_epochs = 0
+    assert ledger.lease(ALICE, 6) == ledger.lowest_unapplied(6) == []
+
+    ledger.allowed_epochs = 1
+    assert ledger.lowest_unapplied(6) == [0, 1]
+    assert ledger.lease(ALICE, 6) == [0, 1]
+    for position in (0, 1):
+        ledger.take(ALICE, position)
+        ledger.admit(position)
+    ledger.settle([0, 1], Ranges.of([0, 1]))
+    assert ledger.epoch == 1
+    assert not ledger.done
+    assert ledger.lease(ALICE, 6) == ledger.lowest_unapplied(6) == []
+    assert ledger.open_count == 0
+
+    ledger.allowed_epochs = 3
+    assert ledger.lowest_unapplied(6) == [2, 3]
+    assert ledger.lease(ALICE, 6) == [2, 3, 4, 5]
