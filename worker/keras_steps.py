@@ -27,26 +27,18 @@ LOOK_S = 0.5
 """Between two looks at whether all are well."""
 
 
-class Progress:
-    """What the server has applied, from its thread to the one that trains."""
-
-    def __init__(self) -> None:
-        self._applied: deque[Tallies | None] = deque()
-
-    def on_batch(self, epoch: int, tallies: Tallies | None) -> None:
-        """See `Pace.on_batch`."""
-        self._applied.append(tallies)
-
-    def next(self) -> list[Tallies | None]:
-        """Of at most one more batch; empty when there is none yet."""
-        return [self._applied.popleft()] if self._applied else []
-
-
 class Steps:
     """Keras's `train_function` of one fit: (state, iterator) -> (logs, state).
 
     State is as in Keras's JAX trainer: (trainable, non-trainable, optimizer's, metrics')
     variables' values.
+
+    Args:
+      model, variables: What is trained.
+      server: Trains it; none of its epochs has been allowed.
+      client: Of that server.
+      applied: What `Pace.on_batch` is told, appended by the server's thread.
+      look: Raises when no worker is left that was started here.
     """
 
     def __init__(
@@ -55,19 +47,19 @@ class Steps:
         variables: Variables,
         server: Server,
         client: Client,
-        progress: Progress,
+        applied: deque[Tallies | None],
         look: Callable[[], None],
     ) -> None:
         self._model = model
         self._variables = variables
         self._server = server
         self._client = client
-        self._progress = progress
+        self._applied = applied
         self._look_at_workers = look
         status = client.status()
         self._run_id = str(status["run_id"])
         self._per_epoch = int(str(status["batches_total"])) // int(str(status["epochs"]))
-        self.epoch, self._done = divmod(int(str(status["batches_applied"])), self._per_epoch)
+        self.epoch, self._done = divmod(len(server.published.applied), self._per_epoch)
         """Of the run, the first that is not complete; and how many of its batches are done with."""
         self._done_before = self._done
         self._is_begun = False
@@ -162,10 +154,10 @@ class Steps:
         self._server.allow_epochs(self.epoch + 1)
 
     def _await_batch(self) -> None:
-        while not (found := self._progress.next()):
+        while not self._applied:
             self._look()
             time.sleep(POLL_S)
-        (tallies,) = found
+        tallies = self._applied.popleft()
         if tallies is not None:
             self._add(tallies)
         self._done += 1
@@ -207,7 +199,7 @@ class Steps:
 
 @contextlib.contextmanager
 def overridden(model: keras.Model, steps: Steps) -> Iterator[None]:
-    """Have Keras's fit take its steps from `steps`."""
+    """Have Keras's fit of a model take its steps from `steps`."""
 
     def make_train_function(force: bool = False) -> None:
         model.train_function = steps
@@ -246,6 +238,7 @@ class _Report(keras.callbacks.Callback):
 
 
 def with_report(callbacks: Any, steps: Steps) -> Any:
+    """What `fit` was given as callbacks, and one that tells the server of validations."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks.append(_Report(steps))
         return callbacks

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,10 +38,10 @@ from headwater.server.embedded import Server
 from headwater.server.here import GRACE_S, PATIENCE_S
 from headwater.server.keras_optimizer import KerasOptimizer
 from headwater.server.keywords import read_keywords
-from headwater.server.pace import Pace
+from headwater.server.pace import Pace, Tallies
 from headwater.worker import handed
 from headwater.worker.keras_data import KerasBatches, training_data
-from headwater.worker.keras_steps import Progress, Steps, overridden, with_report
+from headwater.worker.keras_steps import Steps, overridden, with_report
 from headwater.worker.keras_task import Variables, build, task_of
 from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask, is_loading
@@ -187,14 +188,14 @@ class ParameterServerStrategy:
     def _lead(
         self, model: keras.Model, variables: Variables, task: Task, given: dict[str, Any]
     ) -> keras.callbacks.History:
-        progress = Progress()
+        applied: deque[Tallies | None] = deque()
         seed = int(np.random.randint(2**31)) if self._seed is None else self._seed  # noqa: NPY002  (the one that Keras seeds)
         first = given["initial_epoch"]
         patient = {"ticket_timeout_s": PATIENCE_S, "compile_timeout_s": PATIENCE_S}
         server = Server(
             task,
             name=self._name,
-            pace=Pace(0, progress.on_batch),
+            pace=Pace(0, lambda _, tallies: applied.append(tallies)),
             **{"grace_s": GRACE_S, **({} if self._workers else patient), **self._fields},
             epochs=given["epochs"] - first,
             epoch_barrier=True,
@@ -212,7 +213,7 @@ class ParameterServerStrategy:
             opened.callback(server.stop)  # the first to be called: it tells the workers to end
             if given["verbose"]:
                 print(_beginning(server, self._workers), file=sys.stderr)
-            steps = Steps(model, variables, server, client, progress, look)
+            steps = Steps(model, variables, server, client, applied, look)
             steps.take_up()
             given["initial_epoch"] = first + steps.epoch
             given["callbacks"] = with_report(given["callbacks"], steps)

@@ -214,6 +214,19 @@ def test_the_program_in_the_docs_learns() -> None:
     assert float(done.stdout.split()[-1]) > 0.88
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["2", "4"])
+def test_the_example_learns_what_it_says(workers: str) -> None:
+    command = ["-m", "headwater.examples.keras_mnist", "--workers", workers]
+    done = subprocess.run(  # noqa: S603  (our own)
+        [sys.executable, *command], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    accuracy = re.search(r"^([\d.]+)% of 1,000 held-out digits", done.stdout, re.MULTILINE)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 92
+
+
 def test_ctrl_c_ends_the_workers_as_well() -> None:
     lead = program(None, {"workers": 2}, 1000)
     try:
