@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 
 from headwater import __version__
@@ -149,7 +149,7 @@ def status(server: ServerAddress = DEFAULT_ADDRESS, as_json: AsJson = False) -> 
     if as_json:
         _print_json(found)
     else:
-        Console().print(show.status_screen(found), soft_wrap=True)
+        _print_table(show.status_screen(found))
 
 
 @app.command()
@@ -160,7 +160,7 @@ def workers(server: ServerAddress = DEFAULT_ADDRESS, as_json: AsJson = False) ->
     if as_json:
         _print_json(found)
     elif found:
-        Console().print(show.workers_table(found), soft_wrap=True)
+        _print_table(show.workers_table(found))
     else:
         print(
             "no worker is connected; start one with: "
@@ -331,7 +331,7 @@ def set_(
         elif message:
             print(message)
         else:
-            Console().print(show.settings_table(client.settings()), soft_wrap=True)
+            _print_table(show.settings_table(client.settings()))
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -379,3 +379,14 @@ def _steer(server: str, what: Callable[[Client], str]) -> None:
 
 def _print_json(value: Any, indent: int | None = 2) -> None:
     print(plain_json.dumps(value, indent), flush=True)
+
+
+def _print_table(table: RenderableType) -> None:
+    """On a terminal as wide as it is; elsewhere each line as long as what is in it."""
+    console = Console()
+    if console.is_terminal:
+        console.print(table, soft_wrap=True)
+        return
+    with console.capture() as captured:
+        console.print(table, soft_wrap=True)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)

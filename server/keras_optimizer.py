@@ -9,7 +9,6 @@ Imports no Keras: it is given an optimizer that is built.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -39,8 +38,7 @@ class KerasOptimizer(AbstractOptimizer):
     """
 
     def __init__(self, optimizer: Any, names: Sequence[str], slots: Sequence[str]) -> None:
-        config = json.dumps(optimizer.get_config(), sort_keys=True, default=repr)
-        self.text = f"{type(optimizer).__name__} of Keras, {config}"
+        self.text = _described(optimizer)
         self._optimizer = optimizer
         self._names = list(names)
         self._slots = list(slots)
@@ -103,3 +101,21 @@ class KerasOptimizer(AbstractOptimizer):
         assert self._rate is not None
         rate = np.asarray(values[LEARNING_RATE], state[self._rate].dtype)
         return {**state, self._rate: jax.device_put(rate)}
+
+
+def _described(optimizer: Any) -> str:
+    """Such as `Keras's SGD(learning_rate=0.01, momentum=0.9)`: what its config has set."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict) and "class_name" in value:
+            return f"{value['class_name']}({given(value.get('config', {}))})"
+        return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+    def given(config: Mapping[str, Any]) -> str:
+        return ", ".join(
+            f"{name}={shown(value)}"
+            for name, value in sorted(config.items())
+            if name != "name" and value not in (None, False)
+        )
+
+    return f"Keras's {type(optimizer).__name__}({given(optimizer.get_config())})"

@@ -82,7 +82,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
 
 
 def test_status_shows_the_run_on_one_screen(training: Training) -> None:
-    lines = [line.rstrip() for line in training.ok("status").splitlines()]
+    lines = training.ok("status").splitlines()
     expected = [
         r"run         paced [0-9]{8}-[0-9]{6}-[0-9a-f]{4}, incarnation 1",
         r"state       training",
