@@ -96,6 +96,14 @@ def run(
     platform: Annotated[
         str | None, typer.Option(metavar="cpu|gpu|tpu", help="Where the workers compute.")
     ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|N|0,1",
+            help="Devices that a worker splits its batches over, of those it sees: GPUs are dealt "
+            "out among the workers first. Default: all; in sync mode 1.",
+        ),
+    ] = None,
 ) -> None:
     """Train here: a server, N workers, a progress bar, and the final metrics.
 
@@ -109,6 +117,7 @@ def run(
         task_options=task_option or [],
         workers=workers,
         platform=platform,
+        devices=devices,
         server_options=context.args,
     )
     try:

@@ -29,6 +29,7 @@ def fit(
     *,
     name: str = "task",
     platform: str | None = None,
+    devices: int | str | None = None,
     quiet: bool = False,
     **options: Any,
 ) -> Fitted:
@@ -45,6 +46,9 @@ def fit(
       workers: Processes; 0 trains in this process and this thread, for a debugger.
       name: What the run directory, runs/NAME-…, is called after.
       platform: Where the workers compute: cpu, gpu or tpu; by default JAX's own choice.
+      devices: Of those that a worker sees, it splits its batches over these: "all", a number
+        for the first so many, or "0,1"; by default all, in sync mode 1. With several workers
+        this machine's GPUs are dealt out among them first.
       quiet: Show nothing.
       options: Those of `headwater server`, with underscores: `run_dir`, `batch_size`,
         `durability`, …; paths may be Paths.
@@ -74,12 +78,15 @@ def fit(
     if not re.fullmatch(r"[\w.-]*\w", name):
         raise UsageError(f"fit: name is for a folder: letters, digits, - and _; not {name!r}")
     keywords = read_keywords("fit", options, _OWN)
+    spelt = None if devices is None else str(devices)
     screen = Screen(stderr=True, quiet=quiet)
     if workers == 0:
         if platform is not None:
             raise UsageError("fit: with workers=0 it is this process that computes; no platform")
         with Display(screen, live=False) as display:
-            run_dir = train_here(task, name, keywords.fields, lambda at: _look(at, display))
+            run_dir = train_here(
+                task, name, keywords.fields, lambda at: _look(at, display), spelt or "all"
+            )
         return read_fitted(run_dir, task.restore)
     with handed.write(task) as file:
         training = Training(
@@ -87,6 +94,7 @@ def fit(
             task_file=file.fileno(),
             workers=workers,
             platform=platform,
+            devices=spelt,
             server_options=keywords.words,
             stopped_by=(signal.SIGINT,),
             display=Display(screen),
@@ -98,7 +106,7 @@ def fit(
     return read_fitted(Path(facts["run_dir"]), task.restore)
 
 
-_OWN = ("workers", "name", "platform", "quiet")
+_OWN = ("workers", "name", "platform", "devices", "quiet")
 
 
 def _look(address: str, display: Display) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from headwater.client import show
 from headwater.client.client import Client
+from headwater.client.gpus import deal, find_gpus
 from headwater.client.interrupts import Interrupts, Stopped
 from headwater.client.processes import (
     Child,
@@ -64,6 +65,9 @@ class Training:
     server_options: Sequence[str]
     """Options of `headwater server`, passed on as they are."""
 
+    devices: str | None = None
+    """As --devices of `headwater worker`, of what each sees; None: all, in sync mode 1."""
+
     task_options: Sequence[str] = ()
     task_file: int | None = None
     """Descriptor of a file with the task itself; see worker/handed.py."""
@@ -100,16 +104,16 @@ class Training:
 
     def _train(self) -> Mapping[str, Any]:
         """Returns what the server said of itself, when the run is finished."""
-        share = self._share_of_machine()
+        share, gpus = self._share_of_machine(), self._shares_of_gpus()
         listen, address = self._choose_address()
-        self._start_all(listen, address, share)
+        self._start_all(listen, address, share, gpus)
         facts = self._wait_until_ready(self._children[0])
         if facts and "port_taken" in facts and not _option(self.server_options, "--listen"):
             # By another run, between our look and our server's start.
             self._end_children()
             listen = address = free_address(split_address(listen, "--listen")[0])
             self.display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {address}")
-            self._start_all(listen, address, share)
+            self._start_all(listen, address, share, gpus)
             facts = self._wait_until_ready(self._children[0])
         server, *workers = self._children
         if facts is None or "port_taken" in facts:
@@ -136,7 +140,13 @@ class Training:
             child.close()
         self._children.clear()
 
-    def _start_all(self, listen: str, address: str, share: Mapping[str, str]) -> None:
+    def _start_all(
+        self,
+        listen: str,
+        address: str,
+        share: Mapping[str, str],
+        gpus: Sequence[Mapping[str, str]],
+    ) -> None:
         """The server, and the workers that join it and no other run's."""
         environment = {**share, RUN_ID_ENV: self._run_id()}
         self._start(
@@ -152,9 +162,9 @@ class Training:
                 f"worker-{number}", "worker",
                 [
                     "--server", address, "--name", f"worker-{number}",
-                    *self._platform_option(), *self._transport_option(),
+                    *self._platform_option(), *self._devices_option(), *self._transport_option(),
                 ],
-                environment=environment,
+                environment={**environment, **gpus[number - 1]},
             )  # fmt: skip
         count = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
         self.display.wait_for(f"starting a server and {count} at {address}")
@@ -314,26 +324,47 @@ class Training:
     def _platform_option(self) -> list[str]:
         return ["--platform", self.platform] if self.platform else []
 
+    def _devices_option(self) -> list[str]:
+        # How many devices a batch is split over shows in the bits, and so would, in what they
+        # are dealt, the number of workers.
+        devices = self.devices or ("1" if self._is_sync() else None)
+        return ["--devices", devices] if devices else []
+
     def _transport_option(self) -> list[str]:
         transport = _option(self.server_options, "--transport")
         return ["--transport", transport] if transport else []
 
     def _share_of_machine(self) -> dict[str, str]:
-        """Environment that gives each process its share of the cores, and of a shared GPU."""
+        """Environment that gives each process its share of the cores."""
+        if "NPROC" in os.environ:
+            return {}
         # In sync mode the number of workers must not show in the bits.
+        return {"NPROC": str(1 if self._is_sync() else max(1, core_count() // (self.workers + 1)))}
+
+    def _shares_of_gpus(self) -> list[dict[str, str]]:
+        """Environment that gives each worker its share of the GPUs, or of a shared one's memory."""
+        if self.platform not in (None, "gpu") or self.workers == 1:
+            return [{} for _ in range(self.workers)]
+        gpus = None
+        try:
+            gpus = find_gpus(os.environ)
+        except TimeoutError as error:
+            self.display.say(
+                f"warning: {error}: every worker will see all GPUs; set CUDA_VISIBLE_DEVICES to "
+                "have them dealt out"
+            )
+        return [
+            # What is set by hand stays, but for the GPUs that are dealt out of what it names.
+            {n: v for n, v in share.items() if n not in os.environ or (gpus and n == gpus.variable)}
+            for share in deal(gpus, self.workers)
+        ]
+
+    def _is_sync(self) -> bool:
         consistency = _option(self.server_options, "--consistency")
         if consistency is None:
             asked = self._recorded().get("asked")
             consistency = asked.get("consistency") if isinstance(asked, dict) else None
-        cores = (
-            1 if str(consistency).startswith("sync") else max(1, core_count() // (self.workers + 1))
-        )
-        share = {"NPROC": str(cores)}
-        if self.platform != "cpu" and self.workers > 1:
-            fraction = f"{0.9 / self.workers:.3f}"
-            share["XLA_CLIENT_MEM_FRACTION"] = fraction
-            share["XLA_PYTHON_CLIENT_MEM_FRACTION"] = fraction  # its name before JAX 0.5.1
-        return {name: value for name, value in share.items() if name not in os.environ}
+        return str(consistency).startswith("sync")
 
 
 def _option(words: Sequence[str], name: str) -> str | None:

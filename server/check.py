@@ -16,10 +16,11 @@ import typer
 
 from headwater.protos import command, plain_json
 from headwater.protos.errors import HeadwaterError, UsageError
-from headwater.worker.options import Platform, TaskArg, TaskOptions
-from headwater.worker.platform import use_platform
+from headwater.worker.options import DevicesOption, Platform, TaskArg, TaskOptions
+from headwater.worker.platform import choose_devices, use_platform
 
 if TYPE_CHECKING:
+    from headwater.worker.devices import Devices
     from headwater.worker.gradient import Gradient
     from headwater.worker.load import LoadedTask
     from headwater.worker.task import Task
@@ -48,6 +49,8 @@ class Report:
     batch: Mapping[str, str]
     """Path in the batch to dtype and shape."""
     platform: str
+    devices: int
+    """That the batch is split over."""
     init_s: float
     load_s: float
     compile_s: float
@@ -61,8 +64,12 @@ class Report:
     """What is allowed, and probably not meant."""
 
 
-def check_task(loaded: LoadedTask) -> Report:
+def check_task(loaded: LoadedTask, devices: Devices = ()) -> Report:
     """Try a task out.
+
+    Args:
+      loaded: The task.
+      devices: To split the batch over; none leaves it to JAX's default device.
 
     Raises:
       UsageError: Something in it cannot work; says what.
@@ -102,7 +109,7 @@ def check_task(loaded: LoadedTask) -> Report:
 
     indices = order.indices(0)
     batch, load_s = _median(lambda: task.dataset.batch(indices, batch_rng(task.seed, 0, 0)))
-    function = GradientFunction(task, task.seed)
+    function = GradientFunction(task, task.seed, devices)
     compile_s = function.compile(batch)
     leaves = [np.asarray(leaf) for leaf in store.current.tensors]
     gradient, gradient_s = _median(lambda: function(leaves, [(batch, 0, 0)]))
@@ -129,6 +136,7 @@ def check_task(loaded: LoadedTask) -> Report:
         epochs=order.epochs,
         batch=_describe(batch),
         platform=jax.default_backend(),
+        devices=function.device_count(batch),
         init_s=init_s,
         load_s=load_s,
         compile_s=compile_s,
@@ -196,7 +204,7 @@ def lines(report: Report) -> list[str]:
         f"{report.examples:,} examples, {epoch}, {updates:,} updates in {report.epochs} epochs",
         f"init      {report.init_s:8.3f} s",
         f"batch     {report.load_s * 1e3:8.2f} ms  {batch}",
-        f"compile   {report.compile_s:8.3f} s   on {report.platform}",
+        f"compile   {report.compile_s:8.3f} s   on {_place(report)}",
         f"gradient  {report.gradient_s * 1e3:8.2f} ms  {_figures(figures)}",
         f"update    {report.update_s * 1e3:8.2f} ms",
     ]
@@ -208,6 +216,12 @@ def lines(report: Report) -> list[str]:
     return found
 
 
+def _place(report: Report) -> str:
+    if report.devices == 1:
+        return report.platform
+    return f"{report.devices} {report.platform} devices, which a batch is split over"
+
+
 def _figures(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
@@ -217,6 +231,7 @@ def check(
     task: TaskArg,
     task_option: TaskOptions = None,
     platform: Platform = None,
+    devices: DevicesOption = "all",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Try a task out: load it, one batch, one gradient, one update; no server, no worker."""
@@ -226,10 +241,11 @@ def check(
     from headwater.worker.task import TaskError
     from headwater.worker.user_code import guard_user_code
 
+    chosen = choose_devices(devices)
     loaded = load_task(task, task_option or ())
     with guard_user_code(f"the task {loaded.name} raised"):
         try:
-            report = check_task(loaded)
+            report = check_task(loaded, chosen)
         except (TaskError, LayoutError) as error:
             raise UsageError(str(error)) from None
     if as_json:

@@ -20,6 +20,7 @@ from headwater.worker.evaluate import Evaluator
 from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask
 from headwater.worker.loop import Worker
+from headwater.worker.platform import ALL_DEVICES, choose_devices
 from headwater.worker.task import Task
 
 GRACE_S = 2.5
@@ -33,7 +34,11 @@ LOOK_S = 1.0
 
 
 def train_here(
-    task: Task, name: str, fields: Mapping[str, Any], show: Callable[[str], None]
+    task: Task,
+    name: str,
+    fields: Mapping[str, Any],
+    show: Callable[[str], None],
+    devices: str = ALL_DEVICES,
 ) -> Path:
     """Train to the end; the run directory.
 
@@ -42,12 +47,15 @@ def train_here(
       name: What it is called in the run.
       fields: Of `ServerConfig`.
       show: Called now and then with the server's address, to look.
+      devices: As --devices of `headwater worker`.
 
     Raises:
       RunFailed: The run ended with an error. What the user's own code raises goes through.
+      UsageError: There are no such devices.
     """
     patient = {"ticket_timeout_s": PATIENCE_S, "compile_timeout_s": PATIENCE_S}
     loaded = LoadedTask(task, name, {}, "")
+    chosen = choose_devices(devices)
     with (
         contextlib.ExitStack() as opened,
         Server(task, name=name, **{"grace_s": GRACE_S, **patient, **fields}) as server,
@@ -63,6 +71,7 @@ def train_here(
             Patience(server.address, START_TIMEOUT_S),
             name="here",
             transport=fields.get("transport", "auto"),
+            devices=chosen,
             before_gradient=observer.before_gradient,
             loads_ahead=False,
         )

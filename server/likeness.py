@@ -16,6 +16,9 @@ from headwater.server.survey import Survey
 from headwater.worker.compute import differences
 
 MAX_THREADS = 1024
+"""Of XLA; and devices of a CPU."""
+
+_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 SHOWN_NAMES = 3
 """Of workers, in one sentence."""
@@ -61,26 +64,39 @@ def accelerator(survey: Survey) -> str:
 
 
 def imitate(survey: Survey, environment: MutableMapping[str, str]) -> None:
-    """Have XLA take as many threads, and the flags, as it had in most of the workers."""
+    """Have XLA take as many threads, and the flags, as it had in most of the workers.
+
+    And have as many devices of a CPU as any worker split its batches over.
+    """
     threads = _most_common(survey, "threads")
     if threads is not None and threads.isdecimal() and 0 < int(threads) <= MAX_THREADS:
         environment["NPROC"] = threads
     flags = _most_common(survey, "XLA_FLAGS")
     if flags is not None and all(_FLAG.fullmatch(flag) for flag in flags.split()):
         environment["XLA_FLAGS"] = flags
+    computed = [w for w in survey.workers.values() if w.compute.get("platform") == "cpu"]
+    devices = max((worker.device_count for worker in computed), default=1)
+    if 1 < devices <= MAX_THREADS and _DEVICES_FLAG not in environment.get("XLA_FLAGS", ""):
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
 
 
-def warnings(survey: Survey, here: Mapping[str, str], software: Mapping[str, str]) -> list[str]:
+def warnings(
+    survey: Survey, here: Mapping[str, str], software: Mapping[str, str], devices: int = 1
+) -> list[str]:
     """What differs from then, and may change bits, in sentences.
 
     Args:
       survey: Of the run.
       here: This process's fingerprint.
       software: Library to version, of this process.
+      devices: That this process has; it splits as a worker did, if there are enough.
     """
     workers = defaultdict(list)
     for worker in survey.workers.values():
-        found = differences(here, worker.compute) if worker.compute else "nothing is known of it"
+        alike = dict(here)
+        if "devices" in worker.compute:
+            alike["devices"] = str(min(devices, worker.device_count))
+        found = differences(alike, worker.compute) if worker.compute else "nothing is known of it"
         workers[found].append(worker.name)
     sentences = {f"{_shown(who)}: {what}" for what, who in workers.items() if what}
     for line in survey.incarnations:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ from headwater.server.store import (
 )
 from headwater.server.survey import Survey
 from headwater.worker.compression import Pack
+from headwater.worker.devices import Devices
 from headwater.worker.forms import Forms
 from headwater.worker.gradient import AbstractGradientFunction
 from headwater.worker.load import LoadedTask
@@ -84,7 +85,8 @@ class Recomputation:
         self._loader = Loader(loaded.task.dataset, rounds.order.seed)
         self._store: Store | None = None
         self._optimizer: AbstractOptimizer | None = None
-        self._gradient: AbstractGradientFunction | None = None
+        self._gradients: dict[int, AbstractGradientFunction] = {}
+        self._gradient_of: Callable[[int], AbstractGradientFunction] | None = None
         self._forms: Forms | None = None
         self._sent: Pack | None = None
         self._kept: dict[int, Published] = {}
@@ -177,13 +179,15 @@ class Recomputation:
                 f"from version {line['v']} on the run was trained with {line['optimizer']}, and "
                 f"the task has {optimizer.text} now; replay it with the task as it was"
             )
-        self._gradient = gradient_function(
+        self._gradients.clear()
+        self._gradient_of = lambda devices: gradient_function(
             task,
             order.seed,
             steps=self._rounds.steps,
             inner_optimizer=line["inner_optimizer_spec"],
             epochs=line["epochs"],
             batches_per_epoch=order.per_epoch,
+            devices=self._local_devices(devices),
         )
         compression = Compression.parse(line["compression"])
         if compression.keeps_residual:
@@ -218,7 +222,7 @@ class Recomputation:
     def _update(self, line: Line) -> Difference | None:
         contributions = []
         for number, (position, base, worker, crc, *marks) in enumerate(line["u"]):
-            loss, gradient = self._computed(position, base, number)
+            loss, gradient = self._computed(position, base, worker, number)
             if crc is not None and (found := crc32c(gradient.data)) != crc:
                 return Difference(
                     line["v"],
@@ -265,11 +269,11 @@ class Recomputation:
 
     # ------------------------------------------------------------- gradients
 
-    def _computed(self, position: int, base: int, number: int) -> tuple[float, Bytes]:
-        """The loss, and the gradient as it is pushed, in the `number`th buffer."""
+    def _computed(self, position: int, base: int, worker: str, number: int) -> tuple[float, Bytes]:
+        """The loss, and the gradient as that worker pushed it, in the `number`th buffer."""
         forms, sent = self._forms, self._sent
         if (
-            self._gradient is None
+            self._gradient_of is None
             or forms is None
             or sent is None
             or base not in self._kept
@@ -286,14 +290,24 @@ class Recomputation:
             steps.append((self._loader.take(self._key(batch)), at.epoch, at.number))
         weights = sent(self._kept[base].leaves)
         _, epoch, first = steps[0]
+        count = self._survey.workers[worker].device_count
+        if count not in self._gradients:
+            self._gradients[count] = self._gradient_of(count)
         with _on(self._platform):
             unpacked = [*forms.unpack(weights), *self.current.constants]
-            gradient = self._gradient(unpacked, steps)
+            gradient = self._gradients[count](unpacked, steps)
             pushed = forms.pack(gradient.leaves, epoch, first)
         while number >= len(self._buffers):
             self._buffers.append(forms.pushed.empty())
         forms.pushed.pack(pushed, self._buffers[number])
         return gradient.loss, self._buffers[number]
+
+    def _local_devices(self, count: int) -> Devices:
+        """So many, or as many as there are, which is a warning before; none for JAX's choice."""
+        if count == 1:
+            return ()
+        with _on(self._platform):
+            return jax.local_devices(backend=self._platform)[:count]
 
     def _base(self, version: int, *, is_plain: bool) -> Base:
         """What the server had kept of a version, with the settings that hold now."""

@@ -105,6 +105,8 @@ def replay_run(
       UsageError: The directory holds another run than this task's.
       HeadwaterError: The history cannot be followed; says why.
     """
+    import jax
+
     from headwater.server.journal import weights_crc
     from headwater.server.kept_files import compare
     from headwater.server.recompute import Difference, Recomputation
@@ -112,10 +114,11 @@ def replay_run(
 
     began = time.monotonic()
     rounds = _rounds(run_dir, loaded, surveyed)
-    warnings = likeness.warnings(surveyed, fingerprint(), loaded.software())
+    platform = likeness.gradients_platform(surveyed)
+    devices = jax.local_device_count(platform)
+    warnings = likeness.warnings(surveyed, fingerprint(), loaded.software(), devices)
     for warning in warnings:
         log.warning("%s", warning)
-    platform = likeness.gradients_platform(surveyed)
     again = Recomputation(loaded, rounds, surveyed, platform)
     try:
         for version in again.run(_lines(run_dir, surveyed)):

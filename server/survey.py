@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,12 @@ class Worker:
     """Its fingerprint (worker/compute.py); empty where it was not written."""
     gradients: int
     """Of the updates, so many are of its."""
+
+    @property
+    def device_count(self) -> int:
+        """Over how many devices it split its batches, as far as their size let it."""
+        text = self.compute.get("devices", "")
+        return int(text) if re.fullmatch(r"[1-9]\d{0,5}", text) else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,12 @@ def fix(environment: MutableMapping[str, str]) -> None:
         environment["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
 
 
-def fingerprint() -> Mapping[str, str]:
-    """By name, as text: everything here equal means the same bits. Starts JAX."""
+def fingerprint(devices: int = 1) -> Mapping[str, str]:
+    """By name, as text: everything here equal means the same bits. Starts JAX.
+
+    Args:
+      devices: That a batch is split over, as far as its size lets.
+    """
     import jax
 
     device = jax.local_devices()[0]
@@ -37,7 +41,7 @@ def fingerprint() -> Mapping[str, str]:
         "jax": f"{jax.__version__}, jaxlib {metadata.version('jaxlib')}",
         "platform": jax.default_backend(),
         "device": device.device_kind,
-        "devices": "1",
+        "devices": str(devices),
         "x64": str(settings.jax_enable_x64),
         "matmul precision": str(settings.jax_default_matmul_precision),
         "PRNG": str(settings.jax_default_prng_impl),
@@ -45,7 +49,11 @@ def fingerprint() -> Mapping[str, str]:
     }
     if jax.default_backend() == "cpu":
         found["device"] = _processor()
-        found["threads"] = os.environ.get("NPROC") or str(_core_count())
+        threads = os.environ.get("NPROC") or str(_core_count())
+        # XLA has a thread for each of a CPU's devices, however many are used.
+        if threads.isdecimal() and int(threads) < jax.local_device_count():
+            threads = str(jax.local_device_count())
+        found["threads"] = threads
     return found
 
 

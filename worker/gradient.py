@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from headwater.worker.data import Batch, Generated
+from headwater.worker.devices import Devices, Placement
 from headwater.worker.task import Task, TaskError
 from headwater.worker.tree import ModelTree, PyTree, described
 
@@ -48,12 +49,14 @@ class AbstractGradientFunction(abc.ABC):
     Args:
       task: Its loss is traced when a shape is compiled.
       seed: The run's.
+      devices: Batches are split over them, see `Placement`.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
+    def __init__(self, task: Task, seed: int, devices: Devices = ()) -> None:
         self._task = task
         self._seed = seed
-        self._compiled: dict[Any, Any] = {}
+        self._devices = devices
+        self._compiled: dict[Any, tuple[Placement, Any]] = {}
 
     def compile(self, batch: Batch) -> float:
         """Compile for batches of this one's shapes; seconds it took, 0 when it was there.
@@ -66,8 +69,13 @@ class AbstractGradientFunction(abc.ABC):
         if shapes in self._compiled:
             return 0.0
         began = time.perf_counter()
-        self._compiled[shapes] = self._compile(batch)
+        placement = Placement(self._devices, batch)
+        self._compiled[shapes] = placement, self._compile(placement, batch)
         return time.perf_counter() - began
+
+    def device_count(self, batch: Batch) -> int:
+        """Over how many devices a batch of this one's shapes is split."""
+        return self._compiled_for(batch)[0].count
 
     @abc.abstractmethod
     def __call__(
@@ -85,10 +93,10 @@ class AbstractGradientFunction(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _compile(self, batch: Batch) -> Any:
+    def _compile(self, placement: Placement, batch: Batch) -> Any:
         """What `_compiled_for` gives for batches of this one's shapes."""
 
-    def _compiled_for(self, batch: Batch) -> Any:
+    def _compiled_for(self, batch: Batch) -> tuple[Placement, Any]:
         shapes = described(batch)
         if shapes not in self._compiled:
             self.compile(batch)
@@ -133,10 +141,6 @@ class AbstractGradientFunction(abc.ABC):
 class GradientFunction(AbstractGradientFunction):
     """A task's loss and gradient. Takes exactly one batch at a time."""
 
-    def __init__(self, task: Task, seed: int) -> None:
-        super().__init__(task, seed)
-        self._jitted = jax.jit(self._loss_and_gradient)
-
     def __call__(
         self,
         weights: Sequence[Any],
@@ -144,19 +148,27 @@ class GradientFunction(AbstractGradientFunction):
         on_step: Callable[[], None] = lambda: None,
     ) -> Gradient:
         ((batch, epoch, number),) = steps
-        loss, metrics, grads, state = self._compiled_for(batch)(
-            *self._task.tree.split(weights), batch, np.uint32(epoch), np.uint32(number)
+        placement, compiled = self._compiled_for(batch)
+        trained, before, constants = self._task.tree.split(weights)
+        trained, before, key = placement.put(
+            (trained, before, (np.uint32(epoch), np.uint32(number)))
         )
-        leaves = jax.block_until_ready([*grads, *state])
+        loss, metrics, grads, state = compiled(
+            trained, before, placement.put_constants(constants), placement.put_batch(batch), *key
+        )
+        leaves = placement.first(jax.block_until_ready([*grads, *state]))
         on_step()
         tallies = np.asarray(metrics.pop(TALLIES, ()), np.float64).tolist()
         named = {name: float(metric) for name, metric in metrics.items()}
         return Gradient(float(loss), named, leaves, tallies)
 
-    def _compile(self, batch: Batch) -> Any:
+    def _compile(self, placement: Placement, batch: Batch) -> Any:
         number = np.zeros((), np.uint32)
         tree = self._task.tree
-        return self._jitted.lower(*tree.split(tree.shapes), batch, number, number).compile()
+        shapes = tree.split(tree.shapes)
+        return placement.compile(
+            self._loss_and_gradient, *shapes, batch, number, number, batch_at=3
+        )
 
 
 MADE = 2**32 - 1

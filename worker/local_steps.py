@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from headwater.worker.data import ENDLESS_BATCHES, Batch
+from headwater.worker.devices import Devices, Placement, example_count
 from headwater.worker.gradient import (
     AbstractGradientFunction,
     Gradient,
@@ -54,6 +55,7 @@ class LocalSteps(AbstractGradientFunction):
       epochs: Of the run.
       batches_per_epoch: Of the run.
       option: What gave the optimizer if it is an expression, for errors.
+      devices: See `AbstractGradientFunction`.
 
     Raises:
       TaskError: The inner optimizer needs more than the loss, or would change a
@@ -70,15 +72,16 @@ class LocalSteps(AbstractGradientFunction):
         epochs: int,
         batches_per_epoch: int,
         option: str = OPTION,
+        devices: Devices = (),
     ) -> None:
-        super().__init__(task, seed)
+        super().__init__(task, seed, devices)
         self._per_epoch = batches_per_epoch
         updates = epochs * batches_per_epoch if batches_per_epoch < ENDLESS_BATCHES else None
         made, self._text = transformation(optimizer, updates, option=option)
         self._inner = optax.with_extra_args_support(made)
         self._shapes = self._check(task.tree.trained_shapes)
-        # What one step has moved is of no use after the next.
-        self._step = jax.jit(self._take_step, donate_argnums=(0, 1, 2))
+        # Where a walk begins and ends; batches of several sizes may lie differently.
+        self._home = Placement(devices[:1])
         self._begin: Any = None
         self._difference: Any = None
 
@@ -93,36 +96,48 @@ class LocalSteps(AbstractGradientFunction):
         position = min(epoch * self._per_epoch + number, np.iinfo(np.int32).max)
         tree = self._task.tree
         # May be the caller's own memory, so it is never donated.
-        leaves, before, constants = jax.device_put(tree.split(weights))
-        base = tree.trained.restore(leaves)
-        params, inner, state = self._begin(base, before, np.int32(position))
+        leaves, before, constants = tree.split(weights)
+        leaves, before = jax.device_put((leaves, before))
+        place = self._home
+        base, before, start = place.put((tree.trained.restore(leaves), before, np.int32(position)))
+        params, inner, state = self._begin(base, before, start)
         values: list[Any] = []
-        for walk, (batch, epoch, number) in zip(walks, steps, strict=True):
+        for (placement, walk), (batch, epoch, number) in zip(walks, steps, strict=True):
+            if placement.count != place.count:
+                params, inner, state = placement.put(place.first((params, inner, state)))
+                place = placement
             params, inner, state, value = walk(
-                params, inner, state, constants, batch, np.uint32(epoch), np.uint32(number)
+                params,
+                inner,
+                state,
+                placement.put_constants(constants),
+                placement.put_batch(batch),
+                *placement.put((np.uint32(epoch), np.uint32(number))),
             )
             if values:
                 # The step before: so the device has the next one while this one waits.
                 jax.block_until_ready(values[-1])
                 on_step()
             values.append(value)
+        params, state = place.first((params, state))
         gradient = [*tree.trained.leaves(self._difference(base, params)), *state]
         jax.block_until_ready(gradient)
         on_step()
-        loss, metrics = _means(values, [_example_count(batch) for batch, _, _ in steps])
+        loss, metrics = _means(values, [example_count(batch) or 1 for batch, _, _ in steps])
         return Gradient(loss, metrics, gradient)
 
-    def _compile(self, batch: Batch) -> Any:
+    def _compile(self, placement: Placement, batch: Batch) -> Any:
         params, inner = self._shapes
         tree = self._task.tree
         _, state, constants = tree.split(tree.shapes)
         if self._begin is None:
             position = np.zeros((), np.int32)
-            self._begin = jax.jit(self._start).lower(params, state, position).compile()
-            subtract = jax.jit(_subtract, donate_argnums=1)
-            self._difference = subtract.lower(params, params).compile()
+            self._begin = self._home.compile(self._start, params, state, position)
+            self._difference = self._home.compile(_subtract, params, params, donated=(1,))
         number = np.zeros((), np.uint32)
-        return self._step.lower(params, inner, state, constants, batch, number, number).compile()
+        arguments = (params, inner, state, constants, batch, number, number)
+        # What one step has moved is of no use after the next.
+        return placement.compile(self._take_step, *arguments, batch_at=4, donated=(0, 1, 2))
 
     def _start(
         self, base: PyTree, state: Leaves, position: jax.Array
@@ -189,6 +204,7 @@ def gradient_function(
     inner_optimizer: str | None,
     epochs: int,
     batches_per_epoch: int,
+    devices: Devices = (),
 ) -> AbstractGradientFunction:
     """What a run's workers compute: gradients, or with local steps pseudo-gradients.
 
@@ -199,12 +215,13 @@ def gradient_function(
       inner_optimizer: With local steps, a SPEC; nothing means the task's optimizer.
       epochs: Of the run.
       batches_per_epoch: Of the run.
+      devices: See `AbstractGradientFunction`.
 
     Raises:
       TaskError, SpecError: See `LocalSteps`.
     """
     if steps == 1:
-        return GradientFunction(task, seed)
+        return GradientFunction(task, seed, devices)
     return LocalSteps(
         task,
         seed,
@@ -212,6 +229,7 @@ def gradient_function(
         epochs=epochs,
         batches_per_epoch=batches_per_epoch,
         option=INNER_OPTION if inner_optimizer else OPTION,
+        devices=devices,
     )
 
 
@@ -247,8 +265,3 @@ def _means(
             sums[name] += count * float(metric)
             counts[name] += count
     return total / sum(example_counts), {name: sums[name] / counts[name] for name in sums}
-
-
-def _example_count(batch: Batch) -> int:
-    leaves = jax.tree.leaves(batch)
-    return int(np.shape(leaves[0])[0]) if leaves else 1  # batches that are made count alike

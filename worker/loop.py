@@ -29,7 +29,8 @@ from headwater.protos.reading import Reader
 from headwater.protos.rpc import PROTOCOL, Transport
 from headwater.protos.wire import PART_BYTES
 from headwater.worker.compute import fingerprint
-from headwater.worker.data import batch_rng
+from headwater.worker.data import Generated, batch_rng
+from headwater.worker.devices import Devices, used_count
 from headwater.worker.forms import Forms
 from headwater.worker.gradient import AbstractGradientFunction, Gradient
 from headwater.worker.link import SILENCE_S, Disconnected, Link, Patience, refuse_older
@@ -69,6 +70,7 @@ class Worker:
       patience: For the first connection; later ones have all the time there is.
       name: Shown in status; the server makes one up for "".
       transport: How tensors travel if the server is on this machine.
+      devices: Batches are split over them; none leaves it to JAX's default device.
       before_gradient: Called in the thread of `run` with the epoch of the gradient to come.
       loads_ahead: Else the data are loaded there as well, when they are needed.
     """
@@ -81,6 +83,7 @@ class Worker:
         *,
         name: str = "",
         transport: Transport = "auto",
+        devices: Devices = (),
         before_gradient: Callable[[int], None] | None = None,
         loads_ahead: bool = True,
     ) -> None:
@@ -89,9 +92,11 @@ class Worker:
         self._loaded = loaded
         self._transport = transport
         self._task = loaded.task
+        self._devices = devices
         self._address = address
         self._layout = self._task.tree.layout
         self._patience = patience
+        count = used_count(self._task, devices)
         self._hello = pb.Hello(
             protocol=PROTOCOL,
             run_id=expected_run_id(),
@@ -102,9 +107,9 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             platform=jax.default_backend(),
-            devices=1,
+            devices=count,
             software=loaded.software(),
-            compute=fingerprint(),
+            compute=fingerprint(count),
             pipelines=True,
         )
         self._forms = Forms(self._layout)
@@ -280,14 +285,26 @@ class Worker:
             inner_optimizer=welcome.inner_optimizer,
             epochs=welcome.epochs,
             batches_per_epoch=welcome.batches_per_epoch,
+            devices=self._devices,
         )
         seconds = 0.0
         for size in batch_sizes(self._task, batch_size):
             batch = data.batch(np.arange(size), batch_rng(seed, 0, 0))
             seconds += self._gradient.compile(batch)
+            if len(self._devices) > 1:
+                self._say_devices(size, self._gradient.device_count(batch))
         self._compiled_for = needed
         log.info("compiled in %.1f s", seconds)
         return seconds
+
+    def _say_devices(self, size: int, count: int) -> None:
+        there = f"{len(self._devices)} {jax.default_backend()} devices"
+        if isinstance(self._task.dataset, Generated):
+            log.info("batches that are made are not split: one of %s is used", there)
+        elif count == 1:
+            log.info("batches of %d are not split: no divisor fits %s", size, there)
+        else:
+            log.info("batches of %d are split over %d of %s", size, count, there)
 
     def _take_weights(self, link: Link, part: pb.WeightsPart, body: memoryview | None) -> None:
         if part.slot and link.slots is not None:

@@ -12,8 +12,14 @@ from headwater.protos import command
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.worker import compute
 from headwater.worker.link import Patience, consistency_of
-from headwater.worker.options import Platform, TaskArg, TaskOptions, TransportOption
-from headwater.worker.platform import use_platform
+from headwater.worker.options import (
+    DevicesOption,
+    Platform,
+    TaskArg,
+    TaskOptions,
+    TransportOption,
+)
+from headwater.worker.platform import check_devices, choose_devices, use_platform
 
 if TYPE_CHECKING:
     from headwater.worker.loop import Worker
@@ -28,6 +34,7 @@ def worker(
     server: command.ServerAddress = DEFAULT_ADDRESS,
     name: Annotated[str, typer.Option(help="Shown in status. Default: worker-N.")] = "",
     platform: Platform = None,
+    devices: DevicesOption = "all",
     transport: TransportOption = "auto",
     connect_timeout: Annotated[
         float,
@@ -39,6 +46,7 @@ def worker(
     ] = 60.0,
 ) -> None:
     """Compute gradients for a server. Ctrl-C or SIGTERM finishes the one in hand and leaves."""
+    check_devices(devices)
     patience = Patience(server, connect_timeout)
     # Before JAX starts its threads.
     if "NPROC" not in os.environ and consistency_of(server, patience).startswith("sync"):
@@ -48,9 +56,10 @@ def worker(
     from headwater.worker.loop import Worker
     from headwater.worker.user_code import guard_user_code
 
+    chosen = choose_devices(devices)
     loaded = load_task(task, task_option or ())
     with guard_user_code(f"the task {loaded.name} raised"):
-        life = Worker(loaded, server, patience, name=name, transport=transport)
+        life = Worker(loaded, server, patience, name=name, transport=transport, devices=chosen)
         with _leaving_on_signals(life) as received:
             life.run()
     if signal.SIGINT in received:

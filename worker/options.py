@@ -23,6 +23,13 @@ Platform = Annotated[
     str | None,
     typer.Option(metavar="cpu|gpu|tpu", help="Where JAX computes. Default: its own choice."),
 ]
+DevicesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="all|N|0,1",
+        help="Local devices that a batch is split over: all, the first N, or these.",
+    ),
+]
 TransportOption = Annotated[
     Transport,
     typer.Option(

@@ -48,6 +48,25 @@ def test_where_workers_differ_the_most_gradients_count() -> None:
     assert environment(run(few, many))["NPROC"] == "4"
 
 
+def test_a_cpu_has_as_many_devices_as_a_worker_split_its_batches_over() -> None:
+    workers = worker("a", 5, devices="1"), worker("b", 1, devices="4")
+    flag = "--xla_force_host_platform_device_count=8"
+
+    assert environment(run(*workers)) == {"JAX_NUM_CPU_DEVICES": "4"}
+    assert environment(run(worker("a", devices="4", XLA_FLAGS=flag))) == {"XLA_FLAGS": flag}
+    for text in ("1", "0", "-2", "4 --x", "1000000", ""):
+        assert environment(run(worker("a", devices=text))) == {}
+
+
+def test_fewer_devices_than_a_worker_had_are_a_warning() -> None:
+    here = {"platform": "cpu", "devices": "1"}
+    found = run(worker("a", devices="4"), worker("b", devices="2"), devices="1")
+
+    assert likeness.warnings(found, here, {}, devices=2) == [
+        "what computed may give other bits here: a: devices: 2 here, 4 there"
+    ]
+
+
 def test_without_gradients_the_server_counts() -> None:
     assert environment(run(threads="7")) == {"NPROC": "7"}
 
