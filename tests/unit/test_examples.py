@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater import Task
-from headwater.examples import character_lm, mnist
+from headwater.examples import cartpole, character_lm, mnist
 from headwater.examples.character_lm import ALPHABET, Windows, decode, encode
 from headwater.server.optimizer import check, resolve
 from headwater.server.order import BatchOrder
@@ -415,14 +415,14 @@ def steps_of(tx: optax.GradientTransformation, updates: int) -> np.ndarray:
     return np.asarray(moved)
 
 
-@pytest.mark.parametrize("make", [mnist.task, character_lm.task])
+@pytest.mark.parametrize("make", [mnist.task, character_lm.task, cartpole.task])
 def test_the_examples_optimizers_can_be_served(make: Callable[[], Task]) -> None:
     task = make()
     params = jax.eval_shape(task.init, jax.random.key(0))
     check(resolve(task.optimizer, 100), params)
 
 
-@pytest.mark.parametrize("module", [mnist, character_lm])
+@pytest.mark.parametrize("module", [mnist, character_lm, cartpole])
 def test_the_commands_in_an_examples_docstring_name_it_and_its_options(module: Any) -> None:
     commands = re.findall(r"^ +headwater run (.+)$", module.__doc__, re.MULTILINE)
 
