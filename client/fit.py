@@ -64,7 +64,7 @@ def fit(
     from headwater.server.keywords import read_keywords
     from headwater.worker import handed
     from headwater.worker.load import is_loading
-    from headwater.worker.task import Task
+    from headwater.worker.task import NAME, Task
 
     if is_loading():
         raise UsageError(
@@ -75,7 +75,7 @@ def fit(
         raise UsageError(f"fit takes a Task, not {type(task).__name__}")
     if type(workers) is not int or workers < 0:
         raise UsageError(f"fit: workers is a whole number from 0 on, not {workers!r}")
-    if not re.fullmatch(r"[\w.-]*\w", name):
+    if not re.fullmatch(NAME, name):
         raise UsageError(f"fit: name is for a folder: letters, digits, - and _; not {name!r}")
     keywords = read_keywords("fit", options, _OWN)
     spelt = None if devices is None else str(devices)

@@ -275,7 +275,10 @@ def differences(ours: Layout, theirs: Layout, limit: int = 10) -> list[str]:
             here, there = (pb.Role.Name(t.role) for t in (mine[name], other[name]))
             found.append(f"{name}: here {here}, there {there}")
     if not found and ours.fingerprint != theirs.fingerprint:
-        found.append("the same tensors in another order")
+        pairs = zip(ours.tensors, theirs.tensors, strict=True)
+        first = next(((a.name, b.name) for a, b in pairs if a.name != b.name), None)
+        where = f": {first[0]} here where {first[1]} is there" if first else ""
+        found.append(f"the same tensors in another order{where}")
     found.sort()
     rest = len(found) - limit
     return found if rest <= 0 else [*found[:limit], f"and {rest} more"]

@@ -17,7 +17,7 @@ import typer
 from headwater.protos import command, plain_json
 from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.worker.options import DevicesOption, Platform, TaskArg, TaskOptions
-from headwater.worker.platform import choose_devices, use_platform
+from headwater.worker.platform import choose_devices, choose_platform
 
 if TYPE_CHECKING:
     from headwater.worker.devices import Devices
@@ -84,7 +84,7 @@ def check_task(loaded: LoadedTask, devices: Devices = ()) -> Report:
     from headwater.server.store import NotFinite, Store, initial
     from headwater.worker.data import batch_rng
     from headwater.worker.evaluate import evaluated_by
-    from headwater.worker.gradient import GradientFunction
+    from headwater.worker.local_steps import gradient_of_one
 
     task = loaded.task
     identity = loaded.identity()
@@ -109,7 +109,7 @@ def check_task(loaded: LoadedTask, devices: Devices = ()) -> Report:
 
     indices = order.indices(0)
     batch, load_s = _median(lambda: task.dataset.batch(indices, batch_rng(task.seed, 0, 0)))
-    function = GradientFunction(task, task.seed, devices)
+    function = gradient_of_one(task, task.seed, devices)
     compile_s = function.compile(batch)
     leaves = [np.asarray(leaf) for leaf in store.current.tensors]
     gradient, gradient_s = _median(lambda: function(leaves, [(batch, 0, 0)]))
@@ -135,7 +135,7 @@ def check_task(loaded: LoadedTask, devices: Devices = ()) -> Report:
         batches_per_epoch=order.per_epoch,
         epochs=order.epochs,
         batch=_describe(batch),
-        platform=jax.default_backend(),
+        platform=loaded.platform(),
         devices=function.device_count(batch),
         init_s=init_s,
         load_s=load_s,
@@ -157,7 +157,7 @@ def _describe(batch: Any) -> dict[str, str]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/")
-        or "batch": f"{np.result_type(leaf).name}{list(np.shape(leaf))}"
+        or "batch": f"{np.asarray(leaf).dtype.name}{list(np.shape(leaf))}"
         for path, leaf in leaves
     }
 
@@ -235,14 +235,14 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Try a task out: load it, one batch, one gradient, one update; no server, no worker."""
-    use_platform(platform)
+    choose_platform(platform)
     from headwater.protos.layout import LayoutError
-    from headwater.worker.load import load_task
+    from headwater.worker.load import load_task_on
     from headwater.worker.task import TaskError
     from headwater.worker.user_code import guard_user_code
 
-    chosen = choose_devices(devices)
-    loaded = load_task(task, task_option or ())
+    loaded = load_task_on(platform, task, task_option or ())
+    chosen = choose_devices(devices) if loaded.task.backend is None else ()
     with guard_user_code(f"the task {loaded.name} raised"):
         try:
             report = check_task(loaded, chosen)

@@ -46,6 +46,38 @@ def gradients_platform(survey: Survey) -> str | None:
     return next(iter(names), None)
 
 
+def check_framework(survey: Survey, here: Mapping[str, str]) -> None:
+    """All gradients were computed by one framework, which is this task's.
+
+    Args:
+      survey: Of the run.
+      here: This process's fingerprint.
+
+    Raises:
+      HeadwaterError: They were not.
+    """
+    names = defaultdict(list)
+    for worker in survey.workers.values():
+        names[_framework(worker.compute)].append(worker.name)
+    if len(names) > 1:
+        found = " and ".join(f"{what} ({_shown(who)})" for what, who in sorted(names.items()))
+        raise HeadwaterError(
+            f"the run cannot be replayed: its gradients were computed by {found}, and one task "
+            "computes by one of them; train with workers of one framework to replay it"
+        )
+    for what in names:
+        if what != _framework(here):
+            raise HeadwaterError(
+                f"the run's gradients were computed by {what}, and this task's are by "
+                f"{_framework(here)}; replay it with the --task of its workers"
+            )
+
+
+def _framework(compute: Mapping[str, str]) -> str:
+    """Its name, without a version: another version may well give the same bits."""
+    return compute.get("framework", "jax").partition(" ")[0]
+
+
 def accelerator(survey: Survey) -> str:
     """The platform that JAX is to be started for; `cpu` is there beside every other.
 

@@ -110,15 +110,16 @@ def replay_run(
     from headwater.server.journal import weights_crc
     from headwater.server.kept_files import compare
     from headwater.server.recompute import Difference, Recomputation
-    from headwater.worker.compute import fingerprint
 
     began = time.monotonic()
     rounds = _rounds(run_dir, loaded, surveyed)
     platform = likeness.gradients_platform(surveyed)
-    devices = jax.local_device_count(platform)
-    warnings = likeness.warnings(surveyed, fingerprint(), loaded.software(), devices)
+    devices = 1 if loaded.task.backend else jax.local_device_count(platform)
+    warnings = likeness.warnings(surveyed, loaded.fingerprint(), loaded.software(), devices)
     for warning in warnings:
         log.warning("%s", warning)
+    likeness.check_framework(surveyed, loaded.fingerprint())
+    loaded.use(platform)
     again = Recomputation(loaded, rounds, surveyed, platform)
     try:
         for version in again.run(_lines(run_dir, surveyed)):

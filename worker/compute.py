@@ -16,15 +16,20 @@ from typing import Any
 SYNC_THREADS = "1"
 """Threads of XLA on a CPU in sync mode: how many there are changes how larger sums are split."""
 
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
 
 def fix(environment: MutableMapping[str, str]) -> None:
     """Have JAX compute the same bits everywhere; before it is first used. Keeps what is set."""
     environment.setdefault("NPROC", SYNC_THREADS)
     flags = environment.get("XLA_FLAGS", "")
-    if "--xla_gpu_deterministic_ops" not in flags:
-        environment["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+    if _DETERMINISTIC not in flags:
+        environment["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}=true".strip()
+
+
+def is_fixed(environment: Mapping[str, str]) -> bool:
+    """Whether `fix` was called, or the user asked for deterministic operations."""
+    return f"{_DETERMINISTIC}=true" in environment.get("XLA_FLAGS", "")
 
 
 def fingerprint(devices: int = 1) -> Mapping[str, str]:
@@ -38,6 +43,7 @@ def fingerprint(devices: int = 1) -> Mapping[str, str]:
     device = jax.local_devices()[0]
     settings: Any = jax.config
     found = {
+        "framework": "jax",
         "jax": f"{jax.__version__}, jaxlib {metadata.version('jaxlib')}",
         "platform": jax.default_backend(),
         "device": device.device_kind,

@@ -28,7 +28,8 @@ Devices = Sequence[jax.Device]
 def used_count(task: Task, devices: Devices) -> int:
     """Over how many of them a batch is split that their number divides."""
     # Made inside the compiled function, a batch has no parts that came from elsewhere.
-    return 1 if isinstance(task.dataset, Generated) else max(1, len(devices))
+    is_whole = task.backend is not None or isinstance(task.dataset, Generated)
+    return 1 if is_whole else max(1, len(devices))
 
 
 class Placement:

@@ -23,7 +23,7 @@ from headwater.protos import command, plain_json, rpc
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
 from headwater.worker.options import Platform, TaskArg, TaskOptions
-from headwater.worker.platform import use_platform
+from headwater.worker.platform import choose_platform
 
 if TYPE_CHECKING:
     from headwater.worker.load import LoadedTask
@@ -210,11 +210,11 @@ def evaluate(
     """Evaluate the served weights with the task's own evaluate, and report the result back."""
     if nice:
         os.nice(nice)
-    use_platform(platform)
-    from headwater.worker.load import load_task
+    choose_platform(platform)
+    from headwater.worker.load import load_task_on
     from headwater.worker.user_code import guard_user_code
 
-    loaded = load_task(task, task_option or ())
+    loaded = load_task_on(platform, task, task_option or ())
     with guard_user_code(f"evaluating the task {loaded.name} raised"):
         for found in evaluations(loaded, server, follow=follow):
             line = plain_json.dumps(dataclasses.asdict(found)) if as_json else found.line()

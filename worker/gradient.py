@@ -31,9 +31,9 @@ class Gradient:
 
     loss: float
     metrics: Mapping[str, float]
-    leaves: Sequence[jax.Array]
-    """The gradient and then the new state, in layout order; each of its tensor's shape
-    and dtype."""
+    leaves: Sequence[Any]
+    """Arrays, of JAX or NumPy: the gradient and then the new state, in layout order; each
+    of its tensor's shape and dtype."""
     tallies: Sequence[float] = ()
     """Sums over the examples, where the loss gives such; see TALLIES."""
 

@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import platform
 import sys
 import types
@@ -23,10 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from headwater.protos import command
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import UsageError
-from headwater.worker import handed
+from headwater.worker import compute, handed
+from headwater.worker.platform import check_platform, choose_platform
 from headwater.worker.task import Task, TaskError
 from headwater.worker.user_code import user_place, user_traceback
 
@@ -60,7 +64,34 @@ class LoadedTask:
         versions["python"] = platform.python_version()
         if self.source_sha256:
             versions["task source"] = self.source_sha256[:12]
+        if self.task.backend is not None:
+            versions |= self.task.backend.software()
         return versions
+
+    def fingerprint(self, devices: int = 1) -> dict[str, str]:
+        """What decides the bits of the gradients that are computed here. Starts JAX.
+
+        Args:
+          devices: Over how many of them a batch is split.
+        """
+        backend = self.task.backend
+        return {**compute.fingerprint(devices), **(backend.fingerprint() if backend else {})}
+
+    def platform(self) -> str:
+        """Where gradients are computed: cpu, gpu or tpu. Starts JAX."""
+        backend = self.task.backend
+        return backend.platform if backend else jax.default_backend()
+
+    def use(self, platform: str | None) -> None:
+        """Compute gradients there, where JAX was told to already (`choose_platform`).
+
+        Raises:
+          UsageError: It cannot be had.
+        """
+        if self.task.backend is not None:
+            self.task.backend.use(platform)
+        else:
+            check_platform(platform)
 
 
 def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
@@ -74,12 +105,39 @@ def load_task(spec: str, options: Sequence[str] = ()) -> LoadedTask:
         option does not fit. When the user's own code raises, its traceback is
         part of the message.
     """
+    # Read when a library that computes with OpenMP is loaded, as torch is: its threads would
+    # wait for one another by spinning, and processes that share cores take them from each
+    # other (measured, two threads: 50 to 370 ms for a gradient that takes 3 to 60 so).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _loading():
         if (descriptor := command.handed_task()) is not None:
             what = "the task could not be made again in a process of its own"
             task = _guarded(lambda: handed.read(descriptor), what)
-            return LoadedTask(task, spec, {}, "", is_handed=True)
-        return _load(spec, options)
+            loaded = LoadedTask(task, spec, {}, "", is_handed=True)
+        else:
+            loaded = _load(spec, options)
+        backend = loaded.task.backend
+        if backend is not None:
+            _guarded(lambda: backend.check(loaded.task), f"making the model of {spec} raised")
+        return loaded
+
+
+def load_task_on(platform: str | None, spec: str, options: Sequence[str] = ()) -> LoadedTask:
+    """Load TASK, and have its gradients computed on cpu, gpu or tpu.
+
+    Only the task says what computes them; where that is PyTorch, JAX need not be there.
+
+    Raises:
+      UsageError: See `load_task`; or there is no such platform here.
+    """
+    choose_platform(platform)
+    try:
+        loaded = load_task(spec, options)
+    except UsageError:
+        check_platform(platform)  # which is why, if the task computes while it is loaded
+        raise
+    loaded.use(platform)
+    return loaded
 
 
 _loads = 0
@@ -125,7 +183,7 @@ def _load(spec: str, options: Sequence[str]) -> LoadedTask:
             "returns one"
         )
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
-    title = stem if name == "task" else f"{stem}-{name}"
+    title = task.name or (stem if name == "task" else f"{stem}-{name}")
     return LoadedTask(task, title, given, _source_sha256(module))
 
 

@@ -13,7 +13,7 @@ stand where the ticket's first batch stands in the run.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,6 +80,9 @@ class LocalSteps(AbstractGradientFunction):
         made, self._text = transformation(optimizer, updates, option=option)
         self._inner = optax.with_extra_args_support(made)
         self._shapes = self._check(task.tree.trained_shapes)
+        self._move = jax.jit(self._update, donate_argnums=(1, 2))
+        self._outside: AbstractGradientFunction | None = None
+        """What computes the gradients, if it is not JAX."""
         # Where a walk begins and ends; batches of several sizes may lie differently.
         self._home = Placement(devices[:1])
         self._begin: Any = None
@@ -134,6 +137,11 @@ class LocalSteps(AbstractGradientFunction):
             position = np.zeros((), np.int32)
             self._begin = self._home.compile(self._start, params, state, position)
             self._difference = self._home.compile(_subtract, params, params, donated=(1,))
+        if self._task.backend is not None:
+            if self._outside is None:
+                self._outside = self._task.backend.gradient_function(self._task, self._seed)
+            self._outside.compile(batch)
+            return self._take_step_outside
         number = np.zeros((), np.uint32)
         arguments = (params, inner, state, constants, batch, number, number)
         # What one step has moved is of no use after the next.
@@ -169,6 +177,26 @@ class LocalSteps(AbstractGradientFunction):
         )
         return params, inner, state, (loss, metrics)
 
+    def _take_step_outside(
+        self,
+        params: PyTree,
+        inner: PyTree,
+        state: Leaves,
+        constants: Leaves,
+        batch: Batch,
+        epoch: np.uint32,
+        number: np.uint32,
+    ) -> tuple[PyTree, PyTree, Leaves, tuple[float, Mapping[str, float]]]:
+        """As `_take_step`; the gradient is the backend's, and only the update JAX's."""
+        assert self._outside is not None
+        tree = self._task.tree
+        weights = [*tree.trained.leaves(params), *state, *constants]
+        found = self._outside(weights, [(batch, int(epoch), int(number))])
+        grads, after, _ = tree.split(found.leaves)
+        loss = np.float32(found.loss)
+        params, inner = self._move(tree.trained.restore(grads), inner, params, loss)
+        return params, inner, after, (found.loss, found.metrics)
+
     def _update(
         self, grads: PyTree, inner: PyTree, params: PyTree, loss: jax.Array
     ) -> tuple[PyTree, PyTree]:
@@ -196,6 +224,13 @@ class LocalSteps(AbstractGradientFunction):
         return before
 
 
+def gradient_of_one(task: Task, seed: int, devices: Devices = ()) -> AbstractGradientFunction:
+    """A batch's gradient, by JAX or by the task's backend."""
+    if task.backend is not None:
+        return task.backend.gradient_function(task, seed)
+    return GradientFunction(task, seed, devices)
+
+
 def gradient_function(
     task: Task,
     seed: int,
@@ -221,7 +256,7 @@ def gradient_function(
       TaskError, SpecError: See `LocalSteps`.
     """
     if steps == 1:
-        return GradientFunction(task, seed, devices)
+        return gradient_of_one(task, seed, devices)
     return LocalSteps(
         task,
         seed,
@@ -253,7 +288,7 @@ def _subtract(base: PyTree, local: PyTree) -> PyTree:
 
 
 def _means(
-    values: Sequence[tuple[Any, dict[str, Any]]], example_counts: Sequence[int]
+    values: Sequence[tuple[Any, Mapping[str, Any]]], example_counts: Sequence[int]
 ) -> tuple[float, dict[str, float]]:
     """Loss and metrics over all examples, from their means over each batch."""
     sums: dict[str, float] = defaultdict(float)

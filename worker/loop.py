@@ -28,7 +28,6 @@ from headwater.protos.layout import CONSTANT
 from headwater.protos.reading import Reader
 from headwater.protos.rpc import PROTOCOL, Transport
 from headwater.protos.wire import PART_BYTES
-from headwater.worker.compute import fingerprint
 from headwater.worker.data import Generated, batch_rng
 from headwater.worker.devices import Devices, used_count
 from headwater.worker.forms import Forms
@@ -106,10 +105,10 @@ class Worker:
             name=name,
             host=socket.gethostname(),
             pid=os.getpid(),
-            platform=jax.default_backend(),
+            platform=loaded.platform(),
             devices=count,
             software=loaded.software(),
-            compute=fingerprint(count),
+            compute=loaded.fingerprint(count),
             pipelines=True,
         )
         self._forms = Forms(self._layout)

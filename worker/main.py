@@ -19,7 +19,7 @@ from headwater.worker.options import (
     TaskOptions,
     TransportOption,
 )
-from headwater.worker.platform import check_devices, choose_devices, use_platform
+from headwater.worker.platform import check_devices, choose_devices, choose_platform
 
 if TYPE_CHECKING:
     from headwater.worker.loop import Worker
@@ -51,13 +51,13 @@ def worker(
     # Before JAX starts its threads.
     if "NPROC" not in os.environ and consistency_of(server, patience).startswith("sync"):
         compute.fix(os.environ)
-    use_platform(platform)
-    from headwater.worker.load import load_task
+    choose_platform(platform)
+    from headwater.worker.load import load_task_on
     from headwater.worker.loop import Worker
     from headwater.worker.user_code import guard_user_code
 
-    chosen = choose_devices(devices)
-    loaded = load_task(task, task_option or ())
+    loaded = load_task_on(platform, task, task_option or ())
+    chosen = choose_devices(devices) if loaded.task.backend is None else ()
     with guard_user_code(f"the task {loaded.name} raised"):
         life = Worker(loaded, server, patience, name=name, transport=transport, devices=chosen)
         with _leaving_on_signals(life) as received:

@@ -21,7 +21,9 @@ TaskOptions = Annotated[
 ]
 Platform = Annotated[
     str | None,
-    typer.Option(metavar="cpu|gpu|tpu", help="Where JAX computes. Default: its own choice."),
+    typer.Option(
+        metavar="cpu|gpu|tpu", help="Where it computes. Default: JAX's own choice; for PyTorch cpu."
+    ),
 ]
 DevicesOption = Annotated[
     str,

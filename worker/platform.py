@@ -24,15 +24,34 @@ def use_platform(platform: str | None) -> None:
     Raises:
       UsageError: There is no such platform, or JAX finds none on this machine.
     """
+    choose_platform(platform)
+    check_platform(platform)
+
+
+def choose_platform(platform: str | None) -> None:
+    """Say where JAX is to compute, without starting it.
+
+    Raises:
+      UsageError: There is no such platform.
+    """
     if platform is not None:
         if platform not in _BACKENDS:
             raise UsageError(f"--platform {platform}: it is one of {', '.join(_BACKENDS)}")
         os.environ["JAX_PLATFORMS"] = _BACKENDS[platform]
-    import jax
+        import jax
 
-    if platform is not None:
         # Something else may have imported JAX before, and that is when it read the environment.
         jax.config.update("jax_platforms", _BACKENDS[platform])
+
+
+def check_platform(platform: str | None) -> None:
+    """Start JAX, and see whether it is where it was to be.
+
+    Raises:
+      UsageError: JAX finds no such platform on this machine.
+    """
+    import jax
+
     try:
         found, why = jax.default_backend(), ""
     except RuntimeError as error:

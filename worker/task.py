@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 
+from headwater.worker.backend import AbstractBackend
 from headwater.worker.data import Generated, Indexed
 from headwater.worker.tree import ModelTree, PyTree
+
+NAME = r"[\w.-]*\w"
+"""Of a task: it becomes part of the name of the run directory."""
 
 
 class TaskError(ValueError):
@@ -75,6 +80,13 @@ class Task:
     as BatchNorm's statistics: any pytree of arrays of numbers. Workers' new states are
     merged: floats move by (new - base) / (1 + staleness), integers by the change."""
 
+    name: str | None = None
+    """What the task is called, in place of its file's name; a worker's must be the server's."""
+
+    backend: AbstractBackend | None = None
+    """What computes the gradients in place of JAX, which then never calls `loss`: adapters of
+    other frameworks set it (see `torch_task`)."""
+
     def __post_init__(self) -> None:
         for field in ("init", "loss"):
             if not callable(getattr(self, field)):
@@ -91,6 +103,10 @@ class Task:
                 raise TaskError(f"Task.{field} must be a whole number from 1 on, not {value!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**32:
             raise TaskError(f"Task.seed must be a whole number in [0, 2**32), not {self.seed!r}")
+        if self.name is not None and not re.fullmatch(NAME, str(self.name)):
+            raise TaskError(
+                f"Task.name is for a folder: letters, digits, - and _; not {self.name!r}"
+            )
         if self.remainder not in ("keep", "drop"):
             raise TaskError(f'Task.remainder must be "keep" or "drop", not {self.remainder!r}')
 

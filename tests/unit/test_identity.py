@@ -220,7 +220,10 @@ def test_the_order_in_which_options_were_given_makes_no_difference() -> None:
             Layout.of([("w", np.dtype(np.float16), (784, 64)), ("b", FLOAT32, (64,))]),
             "w: here float16[784,64], there float32[784,64]",
         ),
-        (layout(b=(64,), w=(784, 64)), "the same tensors in another order"),
+        (
+            layout(b=(64,), w=(784, 64)),
+            "the same tensors in another order: b here where w is there",
+        ),
     ],
     ids=["shape", "missing", "extra", "dtype", "order"],
 )

@@ -305,7 +305,7 @@ def test_parameters_that_make_no_layout_are_refused(tensors: list[Tensor], messa
         ([A], [("a", F32, ())], ["a: here float32[2], there float32[]"]),
         ([A, B], [A], ["b: here complex64[3,1], there missing"]),
         ([A], [A, B], ["b: here missing, there complex64[3,1]"]),
-        ([A, B], [B, A], ["the same tensors in another order"]),
+        ([A, B], [B, A], ["the same tensors in another order: a here where b is there"]),
     ],
     ids=["dtype", "shape", "missing there", "missing here", "order"],
 )

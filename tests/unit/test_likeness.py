@@ -129,3 +129,22 @@ def test_nothing_that_differs_is_no_warning() -> None:
     here: dict[str, Any] = {"platform": "cpu", "threads": "1"}
 
     assert likeness.warnings(run(worker("a", threads="1"), threads="1"), here, {}) == []
+
+
+TORCH = "torch 2.13.0"
+
+
+def test_gradients_of_two_frameworks_are_not_replayed() -> None:
+    mixed = run(worker("a"), worker("b", framework="jax"), worker("c", framework=TORCH))
+
+    with pytest.raises(HeadwaterError, match=r"computed by jax \(a, b\) and torch \(c\), and one"):
+        likeness.check_framework(mixed, {"framework": "jax"})
+
+
+def test_gradients_are_replayed_by_the_framework_that_computed_them() -> None:
+    by_torch = run(worker("a", framework=TORCH))
+
+    likeness.check_framework(by_torch, {"framework": "torch 2.14.1"})  # which is a warning
+    likeness.check_framework(run(worker("a")), {"framework": "jax"})
+    with pytest.raises(HeadwaterError, match="computed by torch, and this task's are by jax"):
+        likeness.check_framework(by_torch, {"framework": "jax"})

@@ -19,6 +19,7 @@ import headwater
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import UsageError
 from headwater.worker.load import LoadedTask, load_task
+from kit.processes import run
 
 OURS = str(Path(headwater.worker.load.__file__).parent)
 
@@ -107,6 +108,32 @@ def test_a_name_after_the_colon_is_part_of_the_tasks_name(write: Write) -> None:
     assert load_task("mine.py:small").name == "mine-small"
     assert load_task("mine.py:task").name == "mine"
     assert load_task("mine.py:").name == "mine"
+
+
+def test_a_task_may_say_itself_what_it_is_called(write: Write) -> None:
+    assert load_task(str(write('task = make(name="theirs")'))).name == "theirs"
+
+
+def test_a_task_whose_model_cannot_be_made_is_refused_when_it_is_loaded(write: Write) -> None:
+    backend = """
+from headwater.worker.backend import AbstractBackend
+class Backend(AbstractBackend):
+    platform = "cpu"
+    use = software = fingerprint = gradient_function = None
+    def check(self, task):
+        raise RuntimeError("no such model")
+task = make(backend=Backend())
+"""
+    assert refusal(str(write(backend))).endswith("RuntimeError: no such model")
+
+
+def test_where_jax_is_not_to_be_had_a_task_that_needs_it_is_told_so(write: Write) -> None:
+    """Also where the task itself fell over that while it was loaded."""
+    for text in ("task = make()", "import jax.numpy as jnp\nx = jnp.ones(3)\ntask = make()"):
+        command = ["check", "--task", str(write(text)), "--platform", "tpu"]
+        done = run(*command, cwd=Path.cwd())
+        assert (done.status, done.output) == (2, "")
+        assert done.errors.startswith("headwater check: error: --platform tpu cannot be had here")
 
 
 def test_a_module_is_found_in_the_working_directory(write: Write) -> None:
