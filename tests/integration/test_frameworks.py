@@ -44,11 +44,14 @@ def cross_entropy(logits, labels):
         ("transformer_linen", "flax", "flax"),
         ("equinox_mlp", "equinox", "equinox"),
         ("haiku_mlp", "haiku", "haiku"),
+        ("torch_mlp", "torch", "torch"),
+        ("mnist_torch", "torch", "torch"),
     ],
 )
 def test_without_its_library_an_example_says_how_to_get_it(example, library, extra, monkeypatch):
     name = f"headwater.examples.{example}"
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    for loaded in (name, "headwater.worker.torch_worker"):
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
     monkeypatch.setitem(sys.modules, library, None)
 
     with pytest.raises(UsageError, match=rf"pip install 'headwater\[{extra}\]'$"):

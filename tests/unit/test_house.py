@@ -27,6 +27,7 @@ _TASK_API = tuple(
     f"headwater.worker.{room}"
     for room in (
         "task",
+        "backend",
         "data",
         "tree",
         "load",
@@ -66,7 +67,10 @@ ARROWS = {
         *("headwater.server.here", "headwater.server.keywords"),
         *("headwater.worker.handed", "headwater.worker.load", "headwater.worker.task"),
     ),
-    "headwater.examples": (*_API, "headwater.examples", "headwater.worker.keras_worker"),
+    "headwater.examples": (
+        *(*_API, "headwater.examples"),
+        *("headwater.worker.keras_worker", "headwater.worker.torch_worker"),
+    ),
 }
 """What of Headwater a module may import; the longest entry that fits the module holds."""
 
@@ -283,6 +287,27 @@ def test_looking_at_a_run_loads_no_framework() -> None:
     )
     assert "headwater.client.main" in loaded
     assert loaded & HEAVY == set()
+
+
+def test_torch_is_imported_by_its_worker_and_its_examples_alone() -> None:
+    found = {n for n, path in modules().items() if "torch" in map(_root, imports(path.read_text()))}
+    assert found == {
+        "headwater.worker.torch_worker",
+        "headwater.examples.mnist_torch",
+        "headwater.examples.torch_mlp",
+    }
+
+
+def _root(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_workers_and_servers_of_jax_tasks_load_no_torch() -> None:
+    loaded = loaded_by(
+        "import headwater.worker.loop, headwater.worker.main, headwater.server.serve"
+    )
+    assert {"jax", "headwater.worker.backend", "headwater.server.prepare"} <= loaded
+    assert "torch" not in loaded
 
 
 def test_a_history_is_surveyed_before_jax_starts() -> None:
