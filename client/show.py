@@ -90,8 +90,9 @@ def _status_rows(status: Status, options: ConsoleOptions) -> Iterable[tuple[str,
     yield "state", Text(status["state"], style=STATE_STYLES.get(status["state"], ""))
     yield "version", f"{status['version']:,}"
     yield "durable", _durable(status)
-    yield "epoch", epoch(status)
-    yield "batches", _batches(status)
+    if status["example_count"] or status["batches_total"] or status["batches_applied"]:
+        yield "epoch", epoch(status)
+        yield "batches", _batches(status)
     if status["loss"] is not None:
         yield "training", metrics({"loss": status["loss"], **status["training_metrics"]})
     if status["metrics"]:

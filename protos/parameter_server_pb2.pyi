@@ -485,7 +485,7 @@ class StatusRequest(_message.Message):
     def __init__(self, watches: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers", "compression", "pull_dtype")
+    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers", "compression", "pull_dtype", "seed")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -547,6 +547,7 @@ class StatusReply(_message.Message):
     OPTIMIZER_NUMBERS_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     run_id: str
     task: str
@@ -587,7 +588,8 @@ class StatusReply(_message.Message):
     optimizer_numbers: _containers.ScalarMap[str, float]
     compression: str
     pull_dtype: str
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ...) -> None: ...
+    seed: int
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Times(_message.Message):
     __slots__ = ("wait_s", "load_s", "compute_s", "wire_s")

@@ -158,6 +158,31 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
             raise FormatError(f"its header is not that of a safetensors file: {error}") from None
 
 
+def read_specs(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor of a safetensors file, in the order of their bytes.
+
+    Raises:
+      FormatError: It is no such file, or one of Headwater's snapshots.
+      OSError: It cannot be opened.
+    """
+    with path.open("rb") as file:
+        _, text = _beginning(file)
+    try:
+        entries = json.loads(text)
+        notes = entries.pop("__metadata__", {})
+        placed = sorted(entries.items(), key=lambda entry: entry[1]["data_offsets"][0])
+        found = {}
+        for name, entry in placed:
+            kept, shape = _DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
+            own = notes.get(f"dtype:{name}", kept)
+            found[name] = dtype_of(own).name, shape[:-1] if own == "complex128" else shape
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"its header is not that of a safetensors file: {error}") from None
+    if "snapshot_crc32c" in notes:
+        raise FormatError("it is a snapshot, with an optimizer's state among the weights")
+    return found
+
+
 def _placed(
     file: IO[bytes], name: str, entry: Mapping[str, Any], notes: Mapping[str, str], base: int
 ) -> np.ndarray:

@@ -21,6 +21,11 @@ NOT_IN_SYNC = (
     "not matter who computes what; use bfloat16 or int8, or another consistency"
 )
 
+NEEDS_BATCHES = (
+    "sync mode makes each update of N batches, and a run without --examples has none; use async or "
+    "bounded:K"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerConfig:

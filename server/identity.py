@@ -38,6 +38,12 @@ class RunIdentity:
         if hello.instance == 0 or hello.attempt == 0:
             raise Refused(Reason.MALFORMED, "hello.instance and hello.attempt must not be 0")
         self.check_run(hello.run_id, hello.seen_incarnation, incarnation)
+        if not self.task.example_count:
+            raise Refused(
+                Reason.TASK_MISMATCH,
+                "the server's run has no batches to give to workers: it was started without "
+                "--examples, for push sessions alone",
+            )
         self._check_task(hello.task)
         self._check_layout(hello.layout)
         return [

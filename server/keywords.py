@@ -22,7 +22,7 @@ _FIELDS = {
 }
 """Of ServerConfig, where they are called otherwise than the options."""
 
-_OF_THE_COMMAND = ("task", "task_option", "platform")
+_OF_THE_COMMAND = ("task", "task_option", "examples", "platform")
 """Options that are none of ServerConfig."""
 
 

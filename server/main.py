@@ -16,12 +16,12 @@ import typer
 
 from headwater.protos import command
 from headwater.protos import parameter_server_pb2 as pb
-from headwater.protos.errors import RunFailed
+from headwater.protos.errors import RunFailed, UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.server import failpoints
 from headwater.server.config import ServerConfig
 from headwater.worker import compute
-from headwater.worker.options import TaskArg, TaskOptions, TransportOption
+from headwater.worker.options import TaskOptions, TransportOption
 from headwater.worker.platform import use_platform
 
 if TYPE_CHECKING:
@@ -36,8 +36,23 @@ app = command.new_app()
 
 @app.command()
 def server(
-    task: TaskArg,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="file.py[:NAME] or package.module[:NAME]. Without it --init and --optimizer say "
+            "what is served, to programs that bring gradients of their own.",
+        ),
+    ] = None,
     task_option: TaskOptions = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Without --task: the workers' examples, dealt out in batches. Default: none, and "
+            "no batches; only push sessions move the weights.",
+        ),
+    ] = None,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
     ] = DEFAULT_ADDRESS,
@@ -126,7 +141,8 @@ def server(
         typer.Option(
             metavar="WEIGHTS.safetensors",
             help="Begin with these weights, such as `headwater pull` writes, in place of "
-            "Task.init's. A run that is continued goes on with its own.",
+            "Task.init's; without --task, serve the arrays of this file. A run that is continued "
+            "goes on with its own.",
         ),
     ] = None,
     exit_when_done: Annotated[
@@ -245,7 +261,16 @@ def server(
     from headwater.worker.load import load_task
     from headwater.worker.user_code import guard_user_code
 
-    loaded = load_task(task, task_option or ())
+    if task is not None:
+        if examples is not None:
+            raise UsageError(f"--examples {examples}: the task's data say how many there are")
+        loaded = load_task(task, task_option or ())
+    elif task_option:
+        raise UsageError("--task-option is an argument of the task's function; add --task TASK")
+    else:
+        from headwater.server.weights_task import weights_task
+
+        loaded = weights_task(config, examples)
     try:
         with guard_user_code(f"the task {loaded.name} raised"):
             prepared = prepare(loaded, config)
@@ -278,12 +303,9 @@ def server(
 def _recorded_consistency(run_dir: Path | None) -> str:
     """What a run that is continued was started with; known before JAX is, which loads the task."""
     from headwater.server.run_dir import RunDir
-    from headwater.server.run_record import RunRecord
 
-    if run_dir is None or not RunDir.holds_run(run_dir):
-        return ""
-    record = RunRecord.parse((run_dir / "run.json").read_text(), str(run_dir / "run.json"))
-    return record.asked.get("consistency") or ""
+    record = RunDir.recorded(run_dir)
+    return record.asked.get("consistency") or "" if record is not None else ""
 
 
 def _resume_command(run_dir: Path, loaded: LoadedTask) -> str:
@@ -296,7 +318,7 @@ def _resume_command(run_dir: Path, loaded: LoadedTask) -> str:
     return shlex.join(["headwater", "server", *words])
 
 
-async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[Ended, bool]:
+async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str | None) -> tuple[Ended, bool]:
     """Serve until the end; the second value tells whether Ctrl-C was the cause."""
     from headwater.server.serve import Serving
 
@@ -317,16 +339,20 @@ async def _serve(prepared: Prepared, loaded: LoadedTask, spec: str) -> tuple[End
 
     def on_ready(address: str) -> None:
         order, layout = prepared.rounds.order, prepared.store.layout
+        batches = f"{order.epochs} epochs of {order.per_epoch} batches of {order.batch_size}"
         log.info(
-            "%s: %s parameters in %d tensors; %s; %d epochs of %d batches of %d",
+            "%s: %s parameters in %d tensors; %s; %s",
             loaded.name, f"{layout.parameter_count:,}", len(layout.tensors),
-            prepared.optimizer_text, order.epochs, order.per_epoch, order.batch_size,
+            prepared.optimizer_text, batches if order.has_batches else "no batches",
         )  # fmt: skip
         log.info("run directory %s", prepared.run_dir.path)
         log.info("%s", _cost(config))
         log.info("    %s", _resume_command(prepared.run_dir.path, loaded))
         if loaded.is_handed:
             log.info("listening on %s", address)
+        elif spec is None:
+            what = "workers" if order.has_batches else "push sessions"
+            log.info("listening on %s; for %s of your own programs", address, what)
         else:
             log.info("listening on %s; add workers with", address)
             log.info("    headwater worker --task %s --server %s", spec, address)

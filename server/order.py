@@ -35,7 +35,7 @@ class BatchId:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchOrder:
-    """The batches of a run.
+    """The batches of a run; without examples there are none.
 
     Raises:
       TaskError: An epoch would have no batch.
@@ -54,9 +54,16 @@ class BatchOrder:
         # epochs are open at once, and the next is prepared.
         object.__setattr__(self, "_permutation", functools.lru_cache(3)(self._shuffled))
 
+    @property
+    def has_batches(self) -> bool:
+        """Whether there is anything to give workers tickets for."""
+        return self.example_count > 0
+
     @functools.cached_property
     def per_epoch(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch; more than anybody comes to where there are none."""
+        if not self.has_batches:
+            return ENDLESS_BATCHES
         return batches_per_epoch(self.example_count, self.batch_size, self.remainder)
 
     @property

@@ -105,6 +105,12 @@ def first_store(
         raise UsageError(f"{whose} weights that are not finite: {error}") from None
 
 
+def no_weights(path: Path, error: Exception) -> UsageError:
+    """What is wrong with the file of --init, which could not be read."""
+    reason = getattr(error, "strerror", None) or error
+    return UsageError(f"--init {path}: {reason}; it is a safetensors file of weights")
+
+
 def _weights_of(path: Path, tree: ModelTree) -> PyTree:
     """The task's tree with the weights of a safetensors file, floats of another width cast.
 
@@ -114,8 +120,7 @@ def _weights_of(path: Path, tree: ModelTree) -> PyTree:
     try:
         arrays = tensor_file.read_file(path)
     except (OSError, tensor_file.FormatError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"--init {path}: {reason}; it is a safetensors file of weights") from None
+        raise no_weights(path, error) from None
     try:
         found = tree.leaves(tree.restore_named(arrays))
     except LayoutError as error:

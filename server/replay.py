@@ -179,6 +179,11 @@ def _rounds(run_dir: Path, loaded: LoadedTask, surveyed: Survey) -> Rounds:
             f"{run_dir} has the record of run {record.run_id} and the history of run "
             f"{surveyed.run_id}; restore both from one copy"
         )
+    if record.arrays is not None:
+        raise UsageError(
+            f"{run_dir} holds a run that was served without task code: its gradients were computed "
+            "by programs of their own, which nobody can call again"
+        )
     config = record.settings(ServerConfig())
     rounds = rounds_of(loaded.task, config)
     now = RunRecord.of(

@@ -78,6 +78,21 @@ class RunDir:
         """Whether there is a run to continue."""
         return path is not None and (path / "run.json").exists()
 
+    @staticmethod
+    def recorded(path: Path | None) -> RunRecord | None:
+        """What the run there is, as long as nobody has the directory; None where there is none.
+
+        Raises:
+          UsageError: It is damaged, or cannot be read.
+        """
+        if path is None or not RunDir.holds_run(path):
+            return None
+        file = path / "run.json"
+        try:
+            return RunRecord.parse(file.read_text(), str(file))
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}") from None
+
     # ------------------------------------------------------------------- lock
 
     def _take(self) -> None:

@@ -48,6 +48,8 @@ class RunRecord:
     optimizer: str
     asked: Mapping[str, Any]
     """The options of `headwater server` that override the task's values; they go on to hold."""
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+    """Of a run without task code: dtype and shape of what it serves, by name, in their order."""
     headwater: str = __version__
 
     @classmethod
@@ -80,6 +82,7 @@ class RunRecord:
             updates=updates,
             optimizer=optimizer,
             asked={name: getattr(config, name) for name in _ASKED},
+            arrays=loaded.arrays,
         )
 
     @classmethod

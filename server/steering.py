@@ -16,7 +16,7 @@ from typing import Any
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused, UsageError
 from headwater.server.applier import Result
-from headwater.server.config import NOT_IN_SYNC
+from headwater.server.config import NEEDS_BATCHES, NOT_IN_SYNC
 from headwater.server.dial import Dial
 from headwater.server.optimizer import (
     UPDATE_SCALE,
@@ -266,6 +266,8 @@ class Steering:
 
 def _does_not_fit(run: Run, dial: Dial) -> str:
     """What is wrong with the dial there, in this run; "" where it fits."""
+    if dial.group is not None and not run.order.has_batches:
+        return f"consistency {dial}: {NEEDS_BATCHES}"
     if dial.group is not None and run.config.pushes.keeps_residual:
         return f"consistency {dial} does not go with --compress {run.config.pushes}: {NOT_IN_SYNC}"
     if (dial.group or 0) <= run.staging.slots:

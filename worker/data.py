@@ -146,6 +146,28 @@ def from_items(source: Any, collate: Callable[[Sequence[Any]], Batch] = stack) -
     return ItemData(source, collate)
 
 
+class ExamplesElsewhere:
+    """So many examples, which only the workers have: programs of their own, without a task here.
+
+    Args:
+      count: 0 where there are no batches at all.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, indices: npt.NDArray[np.int64], rng: np.random.Generator) -> Batch:
+        """There is none: whoever computes with this task has another than was meant.
+
+        Raises:
+          LookupError: Always.
+        """
+        raise LookupError("the examples of a run without a task are its workers' own")
+
+
 ENDLESS_BATCHES = 2**31
 """Of an epoch that has no end: more than anybody computes, and countable in 32 bits."""
 

@@ -48,6 +48,9 @@ class LoadedTask:
     is_handed: bool = False
     """It came from the process that called `fit`; no --task can name it."""
 
+    arrays: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+    """Of a run without task code: the dtype and shape of what is served, by name."""
+
     def identity(self) -> pb.TaskIdentity:
         """What must be equal on both sides; loads the data, to count it."""
         return pb.TaskIdentity(

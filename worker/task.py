@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from headwater.worker.backend import AbstractBackend
-from headwater.worker.data import Generated, Indexed
+from headwater.worker.data import ExamplesElsewhere, Generated, Indexed
 from headwater.worker.tree import ModelTree, PyTree
 
 NAME = r"[\w.-]*\w"
@@ -137,7 +137,7 @@ class Task:
                 "wrap arrays in ArrayData(x=..., y=...), and lists or map-style datasets in "
                 "from_items(source)"
             )
-        if len(data) < 1:
+        if len(data) < 1 and not isinstance(data, ExamplesElsewhere):
             raise TaskError("Task.data has no examples")
         return data
 

@@ -73,8 +73,7 @@ class Lives:
         self._forget()
         arguments = (
             "server",
-            "--task",
-            self.task,
+            *(("--task", self.task) if self.task else ()),
             "--listen",
             self.address,
             *self._options,

@@ -71,6 +71,8 @@ ARROWS = {
         *(*_API, "headwater.examples"),
         *("headwater.worker.keras_worker", "headwater.worker.torch_worker"),
     ),
+    # What anybody can do who has the .proto.
+    "headwater.examples.numpy_worker": ("headwater.protos.parameter_server_pb2",),
 }
 """What of Headwater a module may import; the longest entry that fits the module holds."""
 
