@@ -99,6 +99,12 @@ build/peers/%/.installed: benchmarks/peers/%.txt
 	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
 	@touch $@
 
+build/examples/%/.installed: examples/%.txt pyproject.toml
+	@rm -rf $(@D) && $(PYTHON) -m venv $(@D)
+	@echo "Installing $* into $(@D), once; it may be large."
+	@$(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
+	@touch $@
+
 # Type checkers don't see an editable install, so show them the package as links.
 define link-tree
 rm -rf build/lint && mkdir -p build/lint/headwater && \

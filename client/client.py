@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from headwater.client.status import Status, as_dict, values_of
+from headwater.client.weights import Weights, named
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.errors import Unreachable, UsageError, from_rpc_error
 
 if TYPE_CHECKING:  # quick commands do without NumPy
-    import numpy as np
-
+    from headwater.client.push_session import PushSession
     from headwater.protos.reading import Read, Reader
 
 log = logging.getLogger("headwater.client")
@@ -30,27 +30,6 @@ WAIT_S = 30.0
 """Seconds that one Pull of a subscription waits; it is asked again without end."""
 
 _OVER = {pb.RUN_FINISHED, pb.RUN_FAILED, pb.RUN_STOPPING}
-
-
-class Weights(dict[str, "np.ndarray"]):
-    """The weights of one version, by name. The arrays are the caller's own."""
-
-    def __init__(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        *,
-        run_id: str,
-        incarnation: int,
-        version: int,
-        epoch: int,
-    ) -> None:
-        super().__init__(arrays)
-        self.run_id = run_id
-        self.incarnation = incarnation
-        """With `version`, names this state of the weights for ever."""
-        self.version = version
-        self.epoch = epoch
-        """The lowest epoch that was not complete, from 0."""
 
 
 class Client:
@@ -120,7 +99,7 @@ class Client:
           for_evaluation: Those to evaluate, where the optimizer has others than those that
             it moves: an average, or those of a schedule-free optimizer.
         """
-        return self._named(self._reader.pull(pb.PullRequest(for_evaluation=for_evaluation)))
+        return named(self._reader.pull(pb.PullRequest(for_evaluation=for_evaluation)))
 
     def subscribe(self, *, every: int = 1, timeout_s: float | None = None) -> Iterator[Weights]:
         """Fresh weights as they come: the current ones at once, then at least `every` versions on.
@@ -155,7 +134,7 @@ class Client:
                 or read.stamp.incarnation != request.seen_incarnation
             )
             if fresh:
-                yield self._named(read)
+                yield named(read)
                 heard = time.monotonic()
                 request.have_version = read.stamp.version
                 request.seen_incarnation = read.stamp.incarnation
@@ -168,6 +147,28 @@ class Client:
                     f"no version {request.min_version} from {self.address} within {timeout_s} s; "
                     f"the newest is {read.stamp.version}"
                 )
+
+    # ---------------------------------------------------------------- training
+
+    def train(
+        self, *, name: str = "", timeout_s: float | None = None, keep_bytes: int = 256 << 20
+    ) -> PushSession:
+        """Train with gradients that this program brings itself, each applied exactly once.
+
+            with client.train() as session:
+                weights = session.pull()
+                session.push(gradient)
+
+        Args:
+          name: Shown in `headwater workers`.
+          timeout_s: For a server that does not answer, after which Unreachable is raised; None
+            waits as long as it takes.
+          keep_bytes: Of gradients that are not durable yet and kept to be sent again; when there
+            are more the server is asked to write a snapshot.
+        """
+        from headwater.client.push_session import PushSession
+
+        return PushSession(self.address, name=name, timeout_s=timeout_s, keep_bytes=keep_bytes)
 
     # ---------------------------------------------------------------- steering
 
@@ -263,17 +264,6 @@ class Client:
                 log.warning("%s; trying again", error)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
-
-    def _named(self, read: Read) -> Weights:
-        assert read.weights is not None  # only a known version comes without
-        names = [spec.name for spec in read.weights.layout.tensors]
-        return Weights(
-            dict(zip(names, read.weights.leaves, strict=True)),
-            run_id=read.run_id,
-            incarnation=read.stamp.incarnation,
-            version=read.stamp.version,
-            epoch=read.epoch,
-        )
 
     def _steer(self, method: str, request: Any, timeout_s: float | None = None) -> str:
         return str(self._ask(method, request, timeout_s).message)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.client import show
-from headwater.client.client import Weights
+from headwater.client.weights import Weights
 from headwater.protos.errors import HeadwaterError
 
 

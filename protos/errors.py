@@ -34,6 +34,9 @@ class Reason(enum.Enum):
     COMPUTE_MISMATCH = _Code.FAILED_PRECONDITION, "a worker would compute other bits"
     WRONG_RUN = _Code.FAILED_PRECONDITION, "the server keeps another run"
     OLD_INCARNATION = _Code.FAILED_PRECONDITION, "the server is older than what was seen of the run"
+    RUN_OVER = _Code.FAILED_PRECONDITION, "the run is over, or the server is being stopped"
+    NOT_IN_SYNC = _Code.FAILED_PRECONDITION, "sync mode takes gradients of batches alone"
+    SESSION_FORGOTTEN = _Code.FAILED_PRECONDITION, "nobody knows any more what was applied of it"
     MALFORMED = _Code.INVALID_ARGUMENT, "the message breaks the protocol"
     FUTURE_VERSION = _Code.INVALID_ARGUMENT, "the version has not been made yet"
     BAD_SETTING = _Code.INVALID_ARGUMENT, "no such setting, or it cannot have that value"
@@ -83,6 +86,8 @@ _NOT_THE_CALLERS_INPUT = {
     Reason.COMPILE_TIMEOUT,
     Reason.SLOW_READER,
     Reason.OLD_INCARNATION,
+    Reason.RUN_OVER,
+    Reason.SESSION_FORGOTTEN,
     Reason.SERVER_ENDED,
     Reason.UNWRITABLE,
 }

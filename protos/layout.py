@@ -196,6 +196,13 @@ class Layout:
         return Layout(tuple(t for t in self.tensors if t.role != CONSTANT))
 
     @functools.cached_property
+    def trained(self) -> Layout:
+        """Of the parameters alone."""
+        if self.count(PARAMETER) == len(self.tensors):
+            return self
+        return Layout(tuple(t for t in self.tensors if t.role == PARAMETER))
+
+    @functools.cached_property
     def parameter_count(self) -> int:
         """Numbers in the parameters."""
         return sum(math.prod(t.shape) for t in self.tensors if t.role == PARAMETER)

@@ -32,6 +32,7 @@ class OutcomeCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_STALE: _ClassVar[OutcomeCode]
     OUTCOME_LEASE_LOST: _ClassVar[OutcomeCode]
     OUTCOME_REJECTED: _ClassVar[OutcomeCode]
+    OUTCOME_MISSING: _ClassVar[OutcomeCode]
 
 class RejectedFor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -74,6 +75,7 @@ OUTCOME_DUPLICATE: OutcomeCode
 OUTCOME_STALE: OutcomeCode
 OUTCOME_LEASE_LOST: OutcomeCode
 OUTCOME_REJECTED: OutcomeCode
+OUTCOME_MISSING: OutcomeCode
 REJECTED_FOR_UNSPECIFIED: RejectedFor
 REJECTED_FOR_MALFORMED: RejectedFor
 REJECTED_FOR_NOT_FINITE: RejectedFor
@@ -417,6 +419,60 @@ class Bye(_message.Message):
     message: str
     def __init__(self, reason: _Optional[_Union[ByeReason, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
+class SessionPush(_message.Message):
+    __slots__ = ("session", "opened_version", "sequence", "attempt", "run_id", "incarnation", "base_incarnation", "base", "layout", "loss", "examples", "asks", "name", "host", "body", "pid")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    OPENED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    BASE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ASKS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    opened_version: int
+    sequence: int
+    attempt: int
+    run_id: str
+    incarnation: int
+    base_incarnation: int
+    base: int
+    layout: bytes
+    loss: float
+    examples: int
+    asks: bool
+    name: str
+    host: str
+    body: bytes
+    pid: int
+    def __init__(self, session: _Optional[int] = ..., opened_version: _Optional[int] = ..., sequence: _Optional[int] = ..., attempt: _Optional[int] = ..., run_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., base_incarnation: _Optional[int] = ..., base: _Optional[int] = ..., layout: _Optional[bytes] = ..., loss: _Optional[float] = ..., examples: _Optional[int] = ..., asks: bool = ..., name: _Optional[str] = ..., host: _Optional[str] = ..., body: _Optional[bytes] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class SessionReply(_message.Message):
+    __slots__ = ("stamp", "code", "version", "staleness", "rejected_for", "message", "last_sequence")
+    STAMP_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STALENESS_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FOR_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    stamp: Stamp
+    code: OutcomeCode
+    version: int
+    staleness: int
+    rejected_for: RejectedFor
+    message: str
+    last_sequence: int
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., code: _Optional[_Union[OutcomeCode, str]] = ..., version: _Optional[int] = ..., staleness: _Optional[int] = ..., rejected_for: _Optional[_Union[RejectedFor, str]] = ..., message: _Optional[str] = ..., last_sequence: _Optional[int] = ...) -> None: ...
+
 class PullRequest(_message.Message):
     __slots__ = ("min_version", "wait_s", "run_id", "seen_incarnation", "have_version", "evaluates", "min_epoch", "for_evaluation")
     MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -485,7 +541,7 @@ class StatusRequest(_message.Message):
     def __init__(self, watches: bool = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers", "compression", "pull_dtype", "seed")
+    __slots__ = ("stamp", "run_id", "task", "state", "epoch", "epochs", "batches_applied", "batches_total", "loss", "metrics", "metrics_version", "updates_per_second", "examples_per_second", "staleness", "rejected", "parameters", "bytes_in", "bytes_out", "workers", "run_dir", "consistency", "optimizer", "skipped", "problems", "uptime_s", "training_metrics", "example_count", "batch_size", "batches_pending", "batches_leased", "batches_admitted", "durability", "snapshot_every", "staleness_policy", "local_steps", "inner_optimizer", "times", "optimizer_numbers", "compression", "pull_dtype", "seed", "session_updates")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -548,6 +604,7 @@ class StatusReply(_message.Message):
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     PULL_DTYPE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    SESSION_UPDATES_FIELD_NUMBER: _ClassVar[int]
     stamp: Stamp
     run_id: str
     task: str
@@ -589,7 +646,8 @@ class StatusReply(_message.Message):
     compression: str
     pull_dtype: str
     seed: int
-    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
+    session_updates: int
+    def __init__(self, stamp: _Optional[_Union[Stamp, _Mapping]] = ..., run_id: _Optional[str] = ..., task: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., epoch: _Optional[int] = ..., epochs: _Optional[int] = ..., batches_applied: _Optional[int] = ..., batches_total: _Optional[int] = ..., loss: _Optional[float] = ..., metrics: _Optional[_Mapping[str, float]] = ..., metrics_version: _Optional[int] = ..., updates_per_second: _Optional[float] = ..., examples_per_second: _Optional[float] = ..., staleness: _Optional[_Union[Staleness, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., parameters: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., run_dir: _Optional[str] = ..., consistency: _Optional[str] = ..., optimizer: _Optional[str] = ..., skipped: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., uptime_s: _Optional[float] = ..., training_metrics: _Optional[_Mapping[str, float]] = ..., example_count: _Optional[int] = ..., batch_size: _Optional[int] = ..., batches_pending: _Optional[int] = ..., batches_leased: _Optional[int] = ..., batches_admitted: _Optional[int] = ..., durability: _Optional[str] = ..., snapshot_every: _Optional[str] = ..., staleness_policy: _Optional[str] = ..., local_steps: _Optional[int] = ..., inner_optimizer: _Optional[str] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., optimizer_numbers: _Optional[_Mapping[str, float]] = ..., compression: _Optional[str] = ..., pull_dtype: _Optional[str] = ..., seed: _Optional[int] = ..., session_updates: _Optional[int] = ...) -> None: ...
 
 class Times(_message.Message):
     __slots__ = ("wait_s", "load_s", "compute_s", "wire_s")

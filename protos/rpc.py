@@ -34,7 +34,7 @@ SERVICE_NAME = _SERVICE.full_name
 """Under which its health can be asked for, by the standard gRPC health protocol."""
 
 _RAW = {pb.WorkerMessage.DESCRIPTOR.full_name, pb.ServerMessage.DESCRIPTOR.full_name,
-        pb.PullReply.DESCRIPTOR.full_name}  # fmt: skip
+        pb.PullReply.DESCRIPTOR.full_name, pb.SessionPush.DESCRIPTOR.full_name}  # fmt: skip
 
 KEEPALIVE_S = 10.0
 """Seconds between gRPC's pings, and that TCP waits for an acknowledgement; on both sides."""

@@ -65,6 +65,8 @@ class Facts:
     """Library to version, of the server that wrote it."""
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]]
     """Name to (dtype, shape, CRC32C), in the order of the file."""
+    sessions: Mapping[str, Any] | None = None
+    """The last applied push of each session; None, and not in the file, where there was none."""
 
     @property
     def batch_count(self) -> int:
@@ -149,7 +151,10 @@ def read(path: Path) -> Snapshot:
 
 
 def _header(facts: Facts) -> bytes:
-    text = json.dumps({"format": FORMAT, **dataclasses.asdict(facts)}, separators=(",", ":"))
+    values = dataclasses.asdict(facts)
+    if facts.sessions is None:
+        del values["sessions"]  # as it was before there were any
+    text = json.dumps({"format": FORMAT, **values}, separators=(",", ":"))
     metadata = {
         "run_id": facts.run_id,
         "task": facts.task,

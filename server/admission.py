@@ -40,6 +40,9 @@ from headwater.server.ranges import Ranges
 LEASE_SIZE = 8
 """Batches reserved for a worker, so that it can load their data ahead, unless it asks for more."""
 
+NO_BATCH = NOBODY = -1
+"""In place of a batch's position, and of a worker."""
+
 BACKUP_AFTER = 2.0
 """Median steps that a batch of a group takes before an idle worker gets it as well."""
 
@@ -53,8 +56,16 @@ class Ticket:
 
     number: int
     worker: WorkerId
+    """NOBODY for a session's push."""
     position: int
+    """NO_BATCH for a session's push."""
     base: int
+    slots: int = 1
+    """Of staging memory that its gradient takes."""
+
+    @property
+    def has_batch(self) -> bool:
+        return self.position != NO_BATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +140,10 @@ class Admission:
         self._applying: list[tuple[Ticket, ...]] = []
         self._overtaken: set[int] = set()  # were being applied when the dial was set
         self._issued = 0
+        self.session_count = 0
+        """Programs that push without tickets, for whom second tickets leave room."""
+        self.awaited_slots = 0
+        """Of memory that their pushes wait for, and get before a new ticket does."""
         self._steps: deque[float] = deque(maxlen=_STEPS)
 
     # ------------------------------------------------------------- looking
@@ -190,7 +205,8 @@ class Admission:
         found: list[Grant] = []
         have_one = {out.ticket.worker for out in self._out.values()}
         for worker in sorted(self._waiting, key=have_one.__contains__):
-            if self.paused or not self._has_slot() or not self._may_begin(version):
+            room = 1 + self.awaited_slots
+            if self.paused or not self._has_slot(room) or not self._may_begin(version):
                 break
             if worker in have_one and not self._has_room_for_second(version):
                 break
@@ -198,6 +214,29 @@ class Admission:
             if grant:
                 found.append(grant)
         return found
+
+    def has_room(self, slots: int) -> bool:
+        """Whether a session's push could be received."""
+        return self._has_slot(slots)
+
+    def announce(
+        self, base: int, version: int, now: float, *, slots: int, deadline_s: float
+    ) -> Ticket | None:
+        """A session is about to push a gradient computed at `base`, and there is room for it.
+
+        Its place among those under way is kept from now on, as if it had asked for a
+        ticket. None where the bound leaves none: it would be too old, or make others so.
+        """
+        if self.dial.group is not None or not self._ok(self._clock(version), (*self.bases, base)):
+            return None
+        self._issued += 1
+        ticket = Ticket(self._issued, NOBODY, NO_BATCH, base, slots)
+        self._out[ticket.number] = _Out(ticket, deadline_s, now, now)
+        return ticket
+
+    def moved(self, number: int, now: float) -> None:
+        """More of the gradient for this ticket, which must be outstanding, has come."""
+        self._out[number].last_progress = now
 
     def issued_time(self, number: int) -> float:
         """Of an outstanding ticket; the time of a pause does not count."""
@@ -207,6 +246,9 @@ class Admission:
         """The whole gradient for this ticket, which must be outstanding, has come."""
         out = self._out.pop(number)
         ticket = out.ticket
+        if not ticket.has_batch:
+            self._held.append(ticket)
+            return ticket
         self._steps.append(now - out.issued_time)
         self.ledger.admit(ticket.position)
         self._held.append(ticket)
@@ -260,7 +302,8 @@ class Admission:
     def settle(self, update: tuple[Ticket, ...], applied: Ranges) -> None:
         """The update, or its being left out, was published."""
         self._applying.remove(update)
-        self.ledger.settle([ticket.position for ticket in update], applied)
+        positions = [ticket.position for ticket in update if ticket.has_batch]
+        self.ledger.settle(positions, applied)
 
     def refuse(self, ticket: Ticket) -> None:
         """The gradient, awaited, held or being applied, is not to be used: its batch goes back."""
@@ -311,14 +354,15 @@ class Admission:
         self._held = [ticket for ticket in held if ticket in keep]
         self._out = {number: o for number, o in out.items() if o.ticket in keep}
         late = [ticket for ticket in held if ticket not in keep]
-        kept = {ticket.position for ticket in keep}
+        kept = {ticket.position for ticket in keep if ticket.has_batch}
         for ticket in _tickets(out):
             if ticket not in keep:
                 why = Unwanted.DUPLICATE if ticket.position in kept else Unwanted.STALE
                 self._unwanted[ticket.number] = ticket.worker, why
         self._checked -= {ticket.number for ticket in late}
         for position in {ticket.position for ticket in (*late, *_tickets(out))} - kept:
-            self.ledger.give_back(position)
+            if position != NO_BATCH:
+                self.ledger.give_back(position)
         return late
 
     # ---------------------------------------------------------------- time
@@ -349,8 +393,8 @@ class Admission:
         return [*_tickets(self._out), *self._held]
 
     def _has_slot(self, count: int = 1) -> bool:
-        applying = sum(len(update) for update in self._applying)
-        return len(self._out) + len(self._held) + applying + count <= self._slots
+        applying = (ticket for update in self._applying for ticket in update)
+        return sum(t.slots for t in (*self._under_way(), *applying)) + count <= self._slots
 
     def _clock(self, version: int) -> int:
         """The version when all that is being applied will have been."""
@@ -372,7 +416,8 @@ class Admission:
         """Whether all who have no ticket could still be given one beside it."""
         if self.dial.group is not None:
             return False
-        idle = max(0, self._workers() - len({out.ticket.worker for out in self._out.values()}))
+        having = {out.ticket.worker for out in self._out.values() if out.ticket.has_batch}
+        idle = max(0, self._workers() - len(having)) + self.session_count
         bases = (*self.bases, *[version] * (1 + idle))
         return self._has_slot(1 + idle) and self._ok(self._clock(version), bases)
 
@@ -392,13 +437,12 @@ class Admission:
         """Those that a bound allows together; no batch twice. Earlier ones go first."""
         # Unit jobs with deadlines are a matroid: to take what still fits, in order of
         # preference, gives the best set there is.
-        keep: dict[int, Ticket] = {}
+        keep: set[Ticket] = set()
         for ticket in tickets:
-            if ticket.position not in keep and self._ok(
-                self._clock(version), [t.base for t in (*keep.values(), ticket)]
-            ):
-                keep[ticket.position] = ticket
-        return set(keep.values())
+            is_new = not ticket.has_batch or all(t.position != ticket.position for t in keep)
+            if is_new and self._ok(self._clock(version), [t.base for t in (*keep, ticket)]):
+                keep.add(ticket)
+        return keep
 
     # ------------------------------------------------------- privately: groups
 
@@ -532,6 +576,8 @@ class Admission:
 
     def _give_back(self, ticket: Ticket) -> None:
         """Its batch is pending again, unless somebody else computes it as well."""
+        if not ticket.has_batch:
+            return
         if all(other.position != ticket.position for other in self._under_way()):
             self.ledger.give_back(ticket.position)
 

@@ -191,7 +191,11 @@ class Applier:
 
     def _own(self, contribution: Contribution) -> Contribution:
         """With the gradient in memory of our own: what is logged must be what is applied."""
-        if not contribution.is_shared or not self._store.reads_in_place:
+        if (
+            not contribution.is_shared
+            or contribution.push is not None
+            or not self._store.reads_in_place
+        ):
             return contribution
         gradient = self._store.layout.moving.empty()
         gradient[:] = contribution.gradient
@@ -212,7 +216,11 @@ class Applier:
 def _noted(contribution: Contribution, compensates: bool, is_summed: bool) -> list[Any]:
     """A gradient as the history has it."""
     c = contribution
-    noted: list[Any] = [
-        c.position, c.base, c.worker, crc32c(c.gradient.data) if is_summed else None,
-    ]  # fmt: skip
-    return [*noted, PLAIN] if compensates and c.base_params is None else noted
+    position = c.position if c.push is None else None
+    crc = crc32c(c.gradient.data) if is_summed else None
+    noted: list[Any] = [position, c.base, c.worker, crc]
+    if compensates and c.base_params is None:
+        noted.append(PLAIN)
+    if c.push is not None:
+        noted.append(list(dataclasses.astuple(c.push)))
+    return noted

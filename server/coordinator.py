@@ -27,6 +27,7 @@ from headwater.server.history import History
 from headwater.server.roster import Member
 from headwater.server.run_state import Run
 from headwater.server.session import Session
+from headwater.server.session_pushes import SessionPushes
 from headwater.server.staging import Staged
 from headwater.server.steering import Steering
 from headwater.server.store import Store
@@ -60,6 +61,7 @@ class Coordinator:
         self.updates = Updates(
             run, store, self.tickets, self._moved, history=history, update_log=update_log
         )
+        self.session_pushes = SessionPushes(run, self.updates, self._pump)
         self.steering = Steering(run, store, self.updates, self._pump, on_event)
         self._history = history
         self._drained = asyncio.Event()  # no tickets are issued, and none is out any more
@@ -228,6 +230,7 @@ class Coordinator:
         if self.run.is_done:
             return
         self.updates.apply_held()
+        self.session_pushes.wake()
         if not self.run.draining:
             self.tickets.grant()
         elif not self.run.admission.out_count:
@@ -251,6 +254,7 @@ class Coordinator:
     def tick(self) -> None:
         """Find the silent, the hung and the endless compilers; be heard. Called each moment."""
         run, now = self.run, self.run.clock()
+        run.admission.session_count = len(run.pushers.shown(now))
         for member in run.roster.silent(now, run.config.session_timeout_s):
             self._cut(member, Reason.SILENT, f"not heard of for {now - member.heard_time:.0f} s")
         for member in list(run.roster.members.values()):
@@ -258,6 +262,8 @@ class Coordinator:
                 limit = run.config.compile_timeout_s
                 self._cut(member, Reason.COMPILE_TIMEOUT, f"not ready after {limit:.0f} s")
         for ticket, released in run.admission.expire(now):
+            if not ticket.has_batch:
+                continue  # a session's; whoever receives it sees that it is gone
             member = run.roster.members[ticket.worker]
             member.hung = True
             self.tickets.withdraw(member, released)
@@ -330,5 +336,6 @@ class Coordinator:
 
     def end_waits(self) -> None:
         """The run is over: nobody waits for a version that will not come."""
+        self.session_pushes.end()
         self._version_waiters.wake(None)
         self._epoch_waiters.wake(None)

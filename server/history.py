@@ -15,7 +15,8 @@ history.jsonl, a JSON object a line. Each has `v`, the version after it:
     {"v": 9, "gap": 3}                         what came since version 3 was not written
 
 A gradient has "plain" as its fifth where --staleness compensates and this one was
-not, because the weights of its base were not kept when the policy was set. What
+not, because the weights of its base were not kept when the policy was set. One that a
+session pushed has null for a round, and [session, opened, sequence] at its end. What
 each batch consists of follows from the run's seed. Lines are written behind the
 updates, and are on disk before the snapshot of their version is.
 """

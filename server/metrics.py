@@ -168,6 +168,9 @@ class RunFigures:
         self.stale_count = 0
         self.duplicate_count = 0
         self.malformed_count = 0
+        self.nonfinite_count = 0
+        """Of pushes of sessions; those of batches are counted with them."""
+        self.session_updates = 0
         self.bytes_in = 0
         """Messages and tensors, without gRPC's own framing; so is `bytes_out`."""
         self.bytes_out = 0

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ class Prepared:
     settings: Settings
     """What is to hold from the start; the store may have others, of the incarnation before."""
     run_dir: RunDir
+    starts: Sequence[int]
+    """The version that each incarnation began with, the first one's first."""
     snapshots: Snapshots
     log: UpdateLog | None
     """With --durability log."""
@@ -166,6 +169,7 @@ def _prepare(
     history.go_on(recovered.lines)
     history.append(_incarnation(record, config, run, current))
     history.sync()  # before it counts as begun: nothing else says what its updates were made with
+    record = record.begun_at(current.version, run_dir.record)
     run_dir.write_record(record)
     return Prepared(
         config=config,
@@ -176,6 +180,7 @@ def _prepare(
         inner_optimizer=config.inner_optimizer or "",
         store=recovered.store,
         run_dir=run_dir,
+        starts=record.starts,
         snapshots=snapshots,
         log=opened_log,
         optimizer_text=optimizer.text,
@@ -380,6 +385,7 @@ def _snapshot_of(
         optimizer_prefix=prefix,
         software=run.software,
         tensors={},
+        sessions=published.sessions.to_json(),
     )
     return facts, arrays
 

@@ -22,6 +22,7 @@ from headwater.server.history import Line
 from headwater.server.journal import weights_crc
 from headwater.server.log_records import Kind, Record
 from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.push_sessions import PushId
 from headwater.server.settings import Settings
 from headwater.server.snapshots import restored
 from headwater.server.store import Diverged, Step, Store
@@ -140,6 +141,9 @@ def _is_new(record: Record, store: Store) -> bool:
         # (Prepared.save), so that the last ones are the last again.
         if record.version < current.version:
             return False
+    elif _push(record) is not None:
+        if record.version <= current.version:
+            return False
     elif _positions(record)[0] in current.applied:
         return False
     expected = current.version + (record.kind is Kind.UPDATE)
@@ -154,7 +158,14 @@ def _is_new(record: Record, store: Store) -> bool:
 def _positions(record: Record) -> tuple[int, ...]:
     if record.kind is Kind.LEFT_OUT:
         return (record.detail,)
-    return tuple(position for position, *_ in record.detail)
+    return tuple(position for position, *_ in record.detail if position is not None)
+
+
+def _push(record: Record) -> PushId | None:
+    """The session's push that an update consists of."""
+    if record.kind is not Kind.UPDATE or record.detail[0][0] is not None:
+        return None
+    return PushId(*record.detail[0][-1])
 
 
 def _line(record: Record) -> Line:
@@ -177,7 +188,8 @@ def _replay(record: Record, store: Store) -> None:
         gradient = aligned
     leaves = list(store.layout.moving.views(gradient).values())
     staleness = max(store.current.version - base for _, base, *_ in record.detail)
-    store.move(Step(leaves, record.loss, _positions(record), staleness))
+    step = Step(leaves, record.loss, _positions(record), staleness, push=_push(record))
+    store.move(step)
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -155,11 +155,15 @@ class Roster:
         old = next((m for m in self.members.values() if m.hello.instance == hello.instance), None)
         if old:
             del self.members[old.id]
-        self._joined += 1
-        member = Member(self._joined, "", hello, now, now)
+        member = Member(self.next_id(), "", hello, now, now)
         member.name = self._unique(printable(hello.name) or f"worker-{member.id}")
         self.members[member.id] = member
         return member, old
+
+    def next_id(self) -> int:
+        """A number that nobody in this incarnation has had."""
+        self._joined += 1
+        return self._joined
 
     def leave(self, member: Member) -> bool:
         """Whether it was still here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headwater import __version__
@@ -50,6 +50,9 @@ class RunRecord:
     """The options of `headwater server` that override the task's values; they go on to hold."""
     arrays: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
     """Of a run without task code: dtype and shape of what it serves, by name, in their order."""
+    starts: Sequence[int] = dataclasses.field(default_factory=list)
+    """The version that each incarnation began with. Never lower than the one before: what that
+    began with was durable."""
     headwater: str = __version__
 
     @classmethod
@@ -106,6 +109,12 @@ class RunRecord:
                 f"{place} was damaged ({error}); restore it from a copy, or start anew in another "
                 "directory"
             ) from None
+
+    def begun_at(self, version: int, before: RunRecord | None) -> RunRecord:
+        """With the version that this incarnation begins with."""
+        known = [] if before is None else list(before.starts)
+        unknown = self.incarnation - 1 - len(known)  # a run of before this was written
+        return dataclasses.replace(self, starts=[*[0] * unknown, *known, version])
 
     def text(self) -> str:
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n"

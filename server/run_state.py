@@ -7,7 +7,7 @@ nothing by themselves; who moves what is said in coordinator.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.server.admission import Admission
@@ -19,6 +19,7 @@ from headwater.server.lookers import Lookers
 from headwater.server.metrics import RunFigures
 from headwater.server.order import BatchOrder
 from headwater.server.pace import Pace
+from headwater.server.pushers import Pushers
 from headwater.server.refusals import Refusals
 from headwater.server.roster import Member, Roster
 from headwater.server.rounds import Rounds
@@ -36,6 +37,7 @@ class Run:
       inner_optimizer: With local steps, the workers'; "" for the task's own.
       settings: To hold from the start; by default those of the store's version.
       pace: Of a program that leads the run.
+      starts: The version that each incarnation began with.
       clock: Seconds, monotonic.
     """
 
@@ -52,6 +54,7 @@ class Run:
         inner_optimizer: str = "",
         settings: Settings | None = None,
         pace: Pace | None = None,
+        starts: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.current: Published = store.current
@@ -69,6 +72,7 @@ class Run:
         """What stands for a version's weights there, constants left out."""
         self.staging = Staging(self.pushed, config.max_staged_bytes)
         self.roster = Roster()
+        self.pushers = Pushers()
         self.refusals = Refusals()
         self.ledger = Ledger(
             rounds.total, rounds.per_epoch, store.current.applied, 1 if config.epoch_barrier else 2
@@ -86,6 +90,7 @@ class Run:
         self.lookers = Lookers()
         self.problems: dict[str, str] = {}
         """What needs the user's attention, in sentences, by what it is about."""
+        self.starts = starts
         self.run_dir = run_dir
         self.optimizer_text = optimizer_text
         self.inner_optimizer = inner_optimizer
@@ -112,7 +117,8 @@ class Run:
             return self.state_override
         if self.admission.paused:
             return pb.RUN_PAUSED
-        if self.roster.members and self.figures.updates.per_second(self.clock()) > 0:
+        is_anybody_here = self.roster.members or self.pushers.shown(self.clock())
+        if is_anybody_here and self.figures.updates.per_second(self.clock()) > 0:
             return pb.RUN_TRAINING
         return pb.RUN_WAITING
 

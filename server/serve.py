@@ -106,6 +106,7 @@ class Serving:
             inner_optimizer=prepared.inner_optimizer,
             settings=prepared.settings,
             pace=pace,
+            starts=prepared.starts,
         )
         self._coordinator = Coordinator(
             self.run_state,
@@ -204,6 +205,8 @@ class Serving:
         error = self._done.result() if self._done.done() else None
         finished = self._done.done() and error is None
         if finished:
+            # Pushes of sessions may be behind the last batch.
+            await self._coordinator.stop_training(apply_held=False)
             failpoints.reach("end-applied")
         else:
             finished = error is None and not self._stopping.is_set()  # by its evaluations
@@ -437,6 +440,7 @@ def _progress(now: pb.StatusReply) -> dict[str, Any]:
         "compute_s": now.times.compute_s,
         "wire_s": now.times.wire_s,
         "workers": len(now.workers),
+        "session_updates": now.session_updates,
     }
 
 

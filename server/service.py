@@ -81,6 +81,12 @@ class Service:
         await Session(self._coordinator, self._ways, context).run(requests)
 
     @_answered
+    async def PushGradient(
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> pb.SessionReply:
+        return await self._coordinator.session_pushes.push(requests)
+
+    @_answered
     async def Pull(self, request: pb.PullRequest, context: Context) -> None:
         run = self._run
         run.identity.check_run(request.run_id, request.seen_incarnation, run.current.incarnation)

@@ -33,6 +33,7 @@ from headwater.protos.snapshot_file import (
 )
 from headwater.server import failpoints
 from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.push_sessions import PushSessions
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
 from headwater.server.store import Published
@@ -159,6 +160,7 @@ def restored(
         applied=_ranges(facts.applied),
         left_out=_ranges(facts.left_out),
         settings=Settings.from_json(facts.settings),
+        sessions=PushSessions.from_json(facts.sessions),
     )
 
 

@@ -39,7 +39,7 @@ def status(run: Run) -> pb.StatusReply:
             stale=run.figures.stale_count,
             duplicate=run.figures.duplicate_count,
             lease_lost=run.figures.lease_lost_count,
-            nonfinite=run.refusals.total,
+            nonfinite=run.refusals.total + run.figures.nonfinite_count,
             malformed=run.figures.malformed_count,
         ),
         parameters=run.layout.parameter_count,
@@ -52,7 +52,9 @@ def status(run: Run) -> pb.StatusReply:
                 rounds.batch_count(ledger.leased_to(member.id)),
             )
             for member in run.roster.members.values()
-        ],
+        ]
+        + [pusher.status(now) for pusher in run.pushers.shown(now)],
+        session_updates=run.figures.session_updates,
         times=mean_times(member.times for member in run.roster.members.values()),
         run_dir=run.run_dir,
         consistency=str(run.settings.dial),

@@ -22,6 +22,7 @@ from headwater.server.combine import combine
 from headwater.server.compiled_updates import CompiledUpdates, all_finite, extras, wide
 from headwater.server.model_state import merged
 from headwater.server.optimizer import AbstractOptimizer
+from headwater.server.push_sessions import PushId, PushSessions
 from headwater.server.ranges import Ranges
 from headwater.server.settings import Settings
 from headwater.worker.compression import Unpack
@@ -53,6 +54,8 @@ class Published:
     left_out: Ranges
     settings: Settings = dataclasses.field(default_factory=Settings)
     constants: tuple[jax.Array, ...] = ()
+    sessions: PushSessions = dataclasses.field(default_factory=PushSessions)
+    """Which pushes without a batch are among the updates."""
 
     @property
     def tensors(self) -> tuple[jax.Array, ...]:
@@ -87,6 +90,7 @@ class Contribution:
     """One gradient of an update."""
 
     position: int
+    """Of its batch; of no meaning where a session pushed it."""
     base: int
     """The version that it was computed at."""
     examples: int
@@ -100,6 +104,8 @@ class Contribution:
     """Of the version that it was computed at."""
     is_shared: bool = False
     """Whether its worker could still write it."""
+    push: PushId | None = None
+    """Where a session pushed it; then it is of the parameters alone, and the state stays."""
 
     @property
     def base_params(self) -> tuple[jax.Array, ...] | None:
@@ -118,6 +124,8 @@ class Step:
     """Versions; 0 for a group."""
     flat: Bytes | None = None
     """The buffer that the leaves are views of, if they are."""
+    push: PushId | None = None
+    """The session's push that it consists of, in place of batches."""
 
 
 def initial(
@@ -158,6 +166,7 @@ class Store:
         # Compiled here, so that the first push does not wait for it.
         self._is_finite = jax.jit(_is_finite).lower(start.leaves, loss).compile()
         self._unpack = Unpack(tree.layout.moving, NONE)
+        self._unpack_trained = Unpack(tree.layout.trained, NONE)
         self.prepare(start.settings)
         self._check(start.leaves, loss)
 
@@ -241,6 +250,8 @@ class Store:
         """Put an update together from its gradients, in the order of their batches."""
         before = self.current
         split = self.tree.split
+        if contributions[0].push is not None:
+            return self._session_step(contributions[0], contributions[0].push)
         pushed = [self._unpack(c.gradient) for c in contributions]
         leaves, loss = combine(
             [split(each)[0] for each in pushed],
@@ -265,6 +276,22 @@ class Store:
             tuple(c.position for c in contributions),
             staleness,
             contributions[0].gradient if is_pushed else None,
+        )
+
+    def _session_step(self, contribution: Contribution, push: PushId) -> Step:
+        """The state stays as it is: the program that pushed knows of no batch that made another."""
+        before = self.current
+        params, state, _ = self.tree.split(before.leaves)
+        pushed = self._unpack_trained(contribution.gradient)
+        leaves, loss = combine([pushed], [contribution], params, before.settings.staleness)
+        is_pushed = not state and all(a is b for a, b in zip(leaves, pushed, strict=True))
+        return Step(
+            [*leaves, *state],
+            loss,
+            (),
+            before.version - contribution.base,
+            contribution.gradient if is_pushed else None,
+            push,
         )
 
     def move(self, step: Step) -> Published:
@@ -306,8 +333,12 @@ class Store:
         applied = before.applied
         for position in step.positions:
             applied = applied.add(position)
+        sessions = before.sessions
+        if step.push is not None:
+            sessions = sessions.add(step.push, before.version + 1, step.staleness)
         self.current = dataclasses.replace(
             before,
+            sessions=sessions,
             version=before.version + 1,
             leaves=(*trained.leaves(after), *model_state),
             optimizer_state=optimizer_state,

@@ -128,6 +128,12 @@ class _Surveyor:
         if not gradients:
             raise ValueError("an update has no gradient")
         for position, base, worker, crc, *_ in gradients:
+            if position is None:
+                raise HeadwaterError(
+                    f"the run cannot be replayed to its end: version {version} was made by a push "
+                    f"of {worker}, whose gradient is no batch's and was not kept; replay "
+                    f"--to {version - 1}"
+                )
             if not 0 <= base < version or position < 0 or (crc is not None and crc < 0):
                 raise ValueError(f"its gradient is of round {position} at version {base}")
             self._last_used[base] = version

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import Reason, Refused
 from headwater.server import replies
 from headwater.server.acknowledgements import Acknowledgements
 from headwater.server.admission import Ticket
@@ -21,6 +22,7 @@ from headwater.server.dial import Dial
 from headwater.server.history import History
 from headwater.server.journal import Journal
 from headwater.server.pace import Tallies
+from headwater.server.pushers import SessionPush
 from headwater.server.refusals import Verdict
 from headwater.server.roster import Member
 from headwater.server.run_state import Run
@@ -70,6 +72,7 @@ class Updates:
         self._tickets = tickets
         self._moved = moved
         self._pushes: dict[int, tuple[Member, pb.Push]] = {}  # admitted, by ticket number
+        self._session_pushes: dict[int, SessionPush] = {}  # likewise
         self._staged: dict[int, Staged] = {}  # their gradients, until applied or left out
         self._told_held: set[int] = set()  # tickets whose outcome was HELD: the only one they get
         self._changes: dict[Change, asyncio.Future[Result]] = {}  # not in the weights yet
@@ -82,9 +85,7 @@ class Updates:
         self.idle = asyncio.Event()
         """Nothing is being applied, checked or changed."""
         self.idle.set()
-        self._owed: Acknowledgements[tuple[Member, pb.Outcome]] = Acknowledgements(
-            store.current.version
-        )
+        self._owed: Acknowledgements[Callable[[], None]] = Acknowledgements(store.current.version)
         self.journal: Journal | None = None
         if update_log is not None:
             self.journal = Journal(
@@ -109,6 +110,12 @@ class Updates:
         self._staged[ticket.number] = staged
         if self._run.in_groups:
             self._submit(Check(ticket, staged.buffer, push.loss))
+
+    def received_from_session(self, ticket: Ticket, push: SessionPush, staged: Staged) -> None:
+        """The same of a push without a batch."""
+        self._run.admission.hold(ticket.number, self._run.clock())
+        self._session_pushes[ticket.number] = push
+        self._staged[ticket.number] = staged
 
     def _submit(self, job: Job) -> None:
         self._submitted += 1
@@ -139,6 +146,8 @@ class Updates:
             self._submit(Update(update, tuple(map(self._contribution, update))))
 
     def _contribution(self, ticket: Ticket) -> Contribution:
+        if not ticket.has_batch:
+            return self._session_contribution(ticket)
         member, push = self._pushes[ticket.number]
         staged = self._staged[ticket.number]
         return Contribution(
@@ -152,6 +161,23 @@ class Updates:
             is_shared=staged.is_shared,
         )
 
+    def _session_contribution(self, ticket: Ticket) -> Contribution:
+        push = self._session_pushes[ticket.number]
+        return Contribution(
+            ticket.position,
+            ticket.base,
+            push.examples,
+            push.loss if push.loss is not None else 0.0,
+            self._staged[ticket.number].buffer,
+            push.pusher.history_name,
+            self._kept.get(ticket.base, NOT_KEPT),
+            push=push.id,
+        )
+
+    def _take_session_push(self, ticket: Ticket) -> SessionPush:
+        self._staged.pop(ticket.number).give_back()
+        return self._session_pushes.pop(ticket.number)
+
     def _take(self, ticket: Ticket) -> tuple[Member, pb.Push]:
         """Whose the gradient was, which is of no more use."""
         self._staged.pop(ticket.number).give_back()
@@ -159,8 +185,12 @@ class Updates:
 
     def _drop(self, ticket: Ticket, why: str) -> None:
         """Answer a held gradient that is too old; admission has taken it back."""
-        member, push = self._take(ticket)
         self._run.figures.stale_count += 1
+        if not ticket.has_batch:
+            code = pb.OUTCOME_STALE
+            self._take_session_push(ticket).tell(self._session_reply(code, message=why))
+            return
+        member, push = self._take(ticket)
         self._tell(member, ticket, replies.stale(push.token, why))
 
     def _tell(self, member: Member, ticket: Ticket, outcome: pb.Outcome) -> None:
@@ -239,7 +269,54 @@ class Updates:
             self._tickets.answer(member, replies.held(push.token))
         self._moved()
 
+    def _session_update_done(self, ticket: Ticket, result: Result) -> None:
+        run, push = self._run, self._take_session_push(ticket)
+        if isinstance(result, Published):
+            run.admission.settle((ticket,), result.applied)
+            staleness, now = result.version - 1 - ticket.base, run.clock()
+            run.figures.session_updates += 1
+            run.figures.count_update(
+                {} if push.loss is None else {"loss": push.loss},
+                examples=push.examples, staleness=staleness, now=now,
+            )  # fmt: skip
+            push.pusher.applied(staleness, push.examples, now)
+            self._owe(result.version, lambda: push.tell(self._session_applied(push, result)))
+            return
+        run.admission.refuse(ticket)
+        if isinstance(result, NotFinite):
+            run.figures.nonfinite_count += 1
+            text = f"the gradient is not finite: {result}"
+            log.warning("%s: %s", push.pusher.name, text)
+            reply = self._session_reply(pb.OUTCOME_REJECTED, message=text)
+            reply.rejected_for = pb.REJECTED_FOR_NOT_FINITE
+            push.tell(reply)
+        elif isinstance(result, Exception):
+            push.tell(Refused(Reason.RUN_OVER, "the update could not be made"))
+            self._failed(result, f"the update of version {run.current.version + 1} failed")
+
+    def _session_applied(self, push: SessionPush, result: Published) -> pb.SessionReply:
+        last = result.sessions.known[push.id.session]
+        return self._session_reply(
+            pb.OUTCOME_APPLIED,
+            version=last.version,
+            staleness=last.staleness,
+            last_sequence=last.sequence,
+        )
+
+    def _session_reply(self, code: pb.OutcomeCode, **fields: Any) -> pb.SessionReply:
+        return pb.SessionReply(stamp=self._run.stamp(), code=code, **fields)
+
+    def _owe(self, version: int, answer: Callable[[], None]) -> None:
+        """Have an answer given: now, or with an update log when the version is durable."""
+        if self.journal is None:
+            answer()
+        else:
+            self._owed.owe(version, answer)
+
     def _update_done(self, job: Update, result: Result) -> None:
+        if not job.tickets[0].has_batch:
+            self._session_update_done(job.tickets[0], result)
+            return
         found = [self._take(ticket) for ticket in job.tickets]
         if isinstance(result, Published):
             self._run.admission.settle(job.tickets, result.applied)
@@ -307,10 +384,10 @@ class Updates:
         member.examples.add(size, now)
         self._tell_pace(ticket, push.tallies)
         outcome = replies.applied(push, result.version, staleness)
-        if self.journal is None or ticket.number in self._told_held:
+        if ticket.number in self._told_held:
             self._tell(member, ticket, outcome)
         else:
-            self._owed.owe(result.version, (member, outcome))
+            self._owe(result.version, lambda: self._tickets.answer(member, outcome))
 
     def _tell_pace(self, ticket: Ticket, tallies: Tallies | None) -> None:
         if self._run.pace is not None:
@@ -353,8 +430,8 @@ class Updates:
     def _acknowledge(self) -> None:
         due = self._owed.due(self._run.current.version)
         self._run.durable_version = self._owed.durable_version
-        for member, outcome in due:
-            self._tickets.answer(member, outcome)
+        for answer in due:
+            answer()
 
     def _log_full(self, why: str | None) -> None:
         problems = self._run.problems

@@ -91,6 +91,7 @@ SHUNNED = {
     "headwater.server.admission": (*_FRAMEWORKS, *_WORLD),
     "headwater.server.acknowledgements": (*_FRAMEWORKS, *_WORLD),
     "headwater.server.ledger": (*_FRAMEWORKS, *_WORLD),
+    "headwater.server.push_sessions": (*_FRAMEWORKS, *_WORLD),
 }
 """What else a module may not import."""
 
