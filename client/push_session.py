@@ -268,16 +268,16 @@ class PushSession:
                 else:
                     asks = True  # it was not looked for, because the call was for an earlier life
             else:
+                self._drop(current)
+                if current.version is not None:
+                    self.lost_count += 1
+                    log.warning(
+                        "a push that a crash of the server took back is not applied again: %s",
+                        reply.message,
+                    )
                 if current is newest:
-                    self._drop(current)
                     is_stale = reply.code == pb.OUTCOME_STALE
                     return Outcome("stale" if is_stale else "rejected", None, None, reply.message)
-                self.lost_count += 1
-                log.warning(
-                    "a push that a crash of the server took back is not applied again: %s",
-                    reply.message,
-                )
-                self._drop(current)
                 current = self._after(current.sequence - 1)
 
     def _after(self, sequence: int) -> _Push:

@@ -318,8 +318,11 @@ class SessionPushes:
 
     def _stale(self, head: pb.SessionPush) -> pb.SessionReply:
         self._run.figures.stale_count += 1
-        version, dial = self._run.current.version, self._run.settings.dial
-        text = f"computed at version {head.base}, now {version}; consistency is {dial}"
+        current, dial = self._run.current, self._run.settings.dial
+        base = f"version {head.base}"
+        if head.base_incarnation != current.incarnation:
+            base += f" of incarnation {head.base_incarnation}, which counts as {self._base(head)}"
+        text = f"computed at {base}, now {current.version}; consistency is {dial}"
         return self._reply(head, pb.OUTCOME_STALE, message=text)
 
     def _reply(

@@ -141,6 +141,31 @@ def test_a_network_that_cuts_in_the_middle_of_pushes_costs_none_and_doubles_none
         assert status["rejected"]["stale"] == status["rejected"]["malformed"] == 0
 
 
+def test_the_bound_holds_for_what_is_sent_again_after_a_crash(tmp_path: Path) -> None:
+    """The weights that the lost pushes were computed at are gone: they count as version 0's."""
+    options = [*COUNTING, "--consistency", "bounded:1", "--snapshot-every", "1000"]
+    with ServedLives(tmp_path, options, total=np.zeros(1, np.float32)) as lives:
+        lives.start()
+        with Client(lives.address) as client, client.train() as session:
+            for _ in range(5):
+                session.pull()
+                assert session.push({"total": [-1.0]}).staleness == 0
+            assert session.kept_count == 5
+            lives.kill()
+            lives.start()
+            weights = session.pull()  # what was lost comes first, in order, as far as it may
+            assert session.lost_count == 3
+            assert weights["total"].tolist() == [2.0]
+            assert session.push({"total": [-1.0]}).staleness == 0
+            status = client.status()
+            assert status["staleness"]["max"] == 1
+            assert status["rejected"]["stale"] == 3
+            session.flush()
+        with Client(lives.address) as client:
+            assert client.pull()["total"].tolist() == [3.0]
+            assert client.status()["durable_version"] == 3
+
+
 def test_sessions_and_ticketed_workers_train_one_run_while_it_is_killed(tmp_path: Path) -> None:
     examples, epochs = 400, 3
     options = ["--examples", str(examples), "--batch-size", "4", "--epochs", str(epochs)]
