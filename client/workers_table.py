@@ -112,7 +112,7 @@ def _columns(workers: Sequence[Worker], options: ConsoleOptions) -> dict[str, _C
         _Column("ID", texts(lambda w: str(w["id"])), "left"),
         _Column("NAME", texts(lambda w: w["name"]), "left"),
         _Column("HOST", texts(lambda w: w["host"]), "left"),
-        _Column("PLATFORM", texts(lambda w: f"{w['platform']} x{w['devices']}"), "left"),
+        _Column("PLATFORM", texts(_platform), "left"),
         _Column("STATE", [_state(w, options.encoding) for w in workers], "left", _STATE_WIDTH),
         _Column("GRADIENTS", texts(lambda w: f"{w['gradients']:,}")),
         _Column("EXAMPLES/S", texts(lambda w: f"{w['examples_per_second']:,.0f}")),
@@ -127,6 +127,11 @@ def _columns(workers: Sequence[Worker], options: ConsoleOptions) -> dict[str, _C
         _Column("WIRE", of_pushes(lambda w: duration(w["times"]["wire_s"]))),
     ]
     return {column.heading.partition(" 0-")[0]: column for column in columns}
+
+
+def _platform(worker: Worker) -> str:
+    # A program without tickets does not say what it computes on.
+    return f"{worker['platform']} x{worker['devices']}" if worker["platform"] else "-"
 
 
 def _state(worker: Worker, encoding: str) -> Text:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from headwater.server.pushers import Pusher, SessionPush
 from headwater.server.run_state import Run
 from headwater.server.staging import Staged
 from headwater.server.updates import Updates
+
+log = logging.getLogger("headwater.server")
 
 HOLD_S = 20.0
 """Until a call is answered with HELD, or that there is no room."""
@@ -75,6 +78,8 @@ class SessionPushes:
         self._check(head)
         run = self._run
         pusher = run.pushers.heard(head, run.roster.next_id, run.clock())
+        if pusher.joined_time == pusher.heard_time:
+            log.info("%s began to push, without tickets (%s)", pusher.name, pusher.history_name)
         self._give_up(head.session)
         if head.incarnation < run.current.incarnation:
             return self._reply(head, pb.OUTCOME_MISSING, message="it was for an earlier life")

@@ -81,6 +81,36 @@ def test_a_push_moves_the_weights_and_says_which_version_it_made(
     assert client.status()["durable_version"] >= second.version
 
 
+def test_what_is_kept_is_bounded(client: Client) -> None:
+    with client.train(keep_bytes=4 * SIZE) as session:
+        session.pull()
+        first = session.push(ones())
+        assert session.kept_count == 1
+        second = session.push(ones())  # that is too much: the server writes a snapshot
+        assert session.kept_count == 0
+        assert client.status()["durable_version"] >= (second.version or 0) > (first.version or 0)
+
+
+def test_programs_wait_for_the_servers_memory(tmp_path: Path) -> None:
+    options = [*COUNTING, "--max-staged-bytes", str(4 * SIZE + 4096)]  # for one gradient
+
+    def push(address: str) -> None:
+        with Client(address) as client, client.train() as session:
+            for _ in range(10):
+                session.pull()
+                assert session.push(ones()).applied
+
+    with ServedLives(tmp_path, options, total=np.zeros(SIZE, np.float32)) as lives:
+        lives.start()
+        threads = [threading.Thread(target=push, args=(lives.address,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        with Client(lives.address) as client:
+            assert np.unique(client.pull()["total"]).tolist() == [30.0]
+
+
 def test_the_table_of_workers_has_sessions(lives: ServedLives, session: PushSession) -> None:
     session.push(ones())
     done = run("workers", "--server", lives.address, cwd=lives.cwd)

@@ -65,6 +65,10 @@ def test_it_tells_when_each_version_was_last_used_and_who_computed(tmp_path: Pat
         ([BEGIN, {"v": 0, "set": {}}], "line 2: 'consistency'"),
         ([{"v": 0, "incarnation": 1}], "line 1: 'run_id'"),
         (
+            [BEGIN, {"v": 1, "u": [[None, 0, "session 7", 7, [7, 0, 1]]]}],
+            "version 1 was made by a push of session 7, whose gradient is no batch's",
+        ),
+        (
             [BEGIN, update(1, (0, 0, "1.1")), {"v": 9, "gap": 1}],
             "what came between version 1 and 9 was not written, because .*; replay --to 1$",
         ),
