@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from headwater.client.client import Client, Weights
+from headwater.client.client import Client
+from headwater.client.weights import Weights
 from headwater.protos.errors import HeadwaterError, RunFailed, UsageError
 from headwater.server.embedded import Server
 from headwater.server.keras_optimizer import LEARNING_RATE

@@ -30,9 +30,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from headwater.client.client import Client, Weights
+from headwater.client.client import Client
 from headwater.client.crew import Crew
 from headwater.client.processes import core_count
+from headwater.client.weights import Weights
 from headwater.protos.errors import Unreachable, UsageError
 from headwater.server.embedded import Server
 from headwater.server.here import GRACE_S, PATIENCE_S
