@@ -132,6 +132,7 @@ def test_digits_are_learnt_as_well(options: dict[str, str], less: float) -> None
     assert accuracy(**options) >= accuracy() - less
 
 
+@pytest.mark.slow
 def test_in_sync_the_same_weights_come_of_one_worker_and_of_two(tmp_path: Path) -> None:
     task = Path(nets.__file__)
     words = ("--task-option", "epochs=1", "--task-option", "batch_size=256")

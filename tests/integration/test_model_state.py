@@ -24,8 +24,15 @@ def assert_counted(weights, group=1):
     assert weights["base/scale"] == 1
 
 
-@pytest.mark.parametrize("transport", ["grpc", "shm"])
-@pytest.mark.parametrize(("consistency", "group"), [("async", 1), ("sync:2", 2)])
+@pytest.mark.parametrize(
+    ("consistency", "group", "transport"),
+    [
+        ("async", 1, "shm"),
+        ("sync:2", 2, "grpc"),
+        pytest.param("async", 1, "grpc", marks=pytest.mark.slow),
+        pytest.param("sync:2", 2, "shm", marks=pytest.mark.slow),
+    ],
+)
 def test_counts_are_exact_in_spite_of_a_killed_worker_and_a_killed_server(
     tmp_path, transport, consistency, group
 ):

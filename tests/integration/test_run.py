@@ -524,7 +524,9 @@ def test_when_all_workers_are_killed_the_run_fails_and_the_weights_are_kept(fold
         processes = it.descendants()
         kill_workers(it)
         assert it.command.wait(10) == 1
-        assert it.command.errors == "headwater: error: worker-2 was ended by SIGKILL\n"
+        # Whichever was seen to be gone last.
+        last = r"headwater: error: worker-[12] was ended by SIGKILL\n"
+        assert re.fullmatch(last, it.command.errors), it.command.errors
         assert not alive(processes)
     assert_kept(folder)
 
