@@ -19,29 +19,27 @@ LEAVE_TIMEOUT_S = 3.0
 
 
 class Crew:
-    """So many `headwater worker` processes, which end with the block.
+    """Some `headwater worker` processes, which end with the block.
 
     Args:
-      count: How many.
+      environments: Of each worker, added to ours.
       address: Of the server.
       run_id: The run that they join, and no other.
       task: What it is called.
       task_file: Descriptor of the file with the task; see worker/handed.py.
       options: Of `headwater worker`, the same for all.
-      environment: Added to ours.
       logs: The folder for what they say.
     """
 
     def __init__(
         self,
-        count: int,
+        environments: Sequence[Mapping[str, str]],
         *,
         address: str,
         run_id: str,
         task: str,
         task_file: int,
         options: Sequence[str] = (),
-        environment: Mapping[str, str] = {},
         logs: Path,
     ) -> None:
         self._children: list[Child] = []
@@ -49,7 +47,7 @@ class Crew:
         logs.mkdir(exist_ok=True)
         with contextlib.ExitStack() as opened:
             opened.callback(self._end)
-            for number in range(1, count + 1):
+            for number, environment in enumerate(environments, 1):
                 name = f"worker-{number}"
                 child = Child(
                     name,

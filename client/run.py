@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import sys
 import threading
@@ -21,11 +20,9 @@ from typing import Any
 
 from headwater.client import show
 from headwater.client.client import Client
-from headwater.client.gpus import deal, find_gpus
 from headwater.client.interrupts import Interrupts, Stopped
 from headwater.client.processes import (
     Child,
-    core_count,
     failure,
     free_address,
     is_free,
@@ -33,6 +30,7 @@ from headwater.client.processes import (
     wait_all,
 )
 from headwater.client.progress import Display
+from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
 from headwater.protos.command import RUN_ID_ENV, TASK_ENV, new_run_id
 from headwater.protos.errors import HeadwaterError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
@@ -104,7 +102,8 @@ class Training:
 
     def _train(self) -> Mapping[str, Any]:
         """Returns what the server said of itself, when the run is finished."""
-        share, gpus = self._share_of_machine(), self._shares_of_gpus()
+        share = share_of_cores(self.workers, in_sync=self._is_sync())
+        gpus = shares_of_gpus(self.workers, self.platform, self._warn)
         listen, address = self._choose_address()
         self._start_all(listen, address, share, gpus)
         facts = self._wait_until_ready(self._children[0])
@@ -162,7 +161,8 @@ class Training:
                 f"worker-{number}", "worker",
                 [
                     "--server", address, "--name", f"worker-{number}",
-                    *self._platform_option(), *self._devices_option(), *self._transport_option(),
+                    *self._platform_option(), *self._transport_option(),
+                    *devices_option(self.devices, in_sync=self._is_sync()),
                 ],
                 environment={**environment, **gpus[number - 1]},
             )  # fmt: skip
@@ -324,40 +324,12 @@ class Training:
     def _platform_option(self) -> list[str]:
         return ["--platform", self.platform] if self.platform else []
 
-    def _devices_option(self) -> list[str]:
-        # How many devices a batch is split over shows in the bits, and so would, in what they
-        # are dealt, the number of workers.
-        devices = self.devices or ("1" if self._is_sync() else None)
-        return ["--devices", devices] if devices else []
-
     def _transport_option(self) -> list[str]:
         transport = _option(self.server_options, "--transport")
         return ["--transport", transport] if transport else []
 
-    def _share_of_machine(self) -> dict[str, str]:
-        """Environment that gives each process its share of the cores."""
-        if "NPROC" in os.environ:
-            return {}
-        # In sync mode the number of workers must not show in the bits.
-        return {"NPROC": str(1 if self._is_sync() else max(1, core_count() // (self.workers + 1)))}
-
-    def _shares_of_gpus(self) -> list[dict[str, str]]:
-        """Environment that gives each worker its share of the GPUs, or of a shared one's memory."""
-        if self.platform not in (None, "gpu") or self.workers == 1:
-            return [{} for _ in range(self.workers)]
-        gpus = None
-        try:
-            gpus = find_gpus(os.environ)
-        except TimeoutError as error:
-            self.display.say(
-                f"warning: {error}: every worker will see all GPUs; set CUDA_VISIBLE_DEVICES to "
-                "have them dealt out"
-            )
-        return [
-            # What is set by hand stays, but for the GPUs that are dealt out of what it names.
-            {n: v for n, v in share.items() if n not in os.environ or (gpus and n == gpus.variable)}
-            for share in deal(gpus, self.workers)
-        ]
+    def _warn(self, text: str) -> None:
+        self.display.say(f"warning: {text}")
 
     def _is_sync(self) -> bool:
         consistency = _option(self.server_options, "--consistency")

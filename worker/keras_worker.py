@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -32,7 +33,7 @@ import numpy as np
 
 from headwater.client.client import Client
 from headwater.client.crew import Crew
-from headwater.client.processes import core_count
+from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
 from headwater.client.weights import Weights
 from headwater.protos.errors import Unreachable, UsageError
 from headwater.server.embedded import Server
@@ -48,6 +49,8 @@ from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask, is_loading
 from headwater.worker.loop import Worker
 from headwater.worker.task import Task
+
+log = logging.getLogger("headwater")
 
 JOIN_TIMEOUT_S = 60.0
 """For a server to be there that is to be joined."""
@@ -223,16 +226,16 @@ class ParameterServerStrategy:
 
     def _crew(self, server: Server, client: Client, task_file: int) -> Crew:
         in_sync = str(self._fields.get("consistency")).startswith("sync")
-        threads = 1 if in_sync else max(1, core_count() // (self._workers + 1))
-        share = {} if "NPROC" in os.environ else {"NPROC": str(threads)}
+        share = {**share_of_cores(self._workers, in_sync=in_sync), "KERAS_BACKEND": "jax"}
+        gpus = shares_of_gpus(self._workers, self._platform, log.warning)
+        options = [] if self._platform is None else ["--platform", self._platform]
         return Crew(
-            self._workers,
+            [{**share, **gpu} for gpu in gpus],
             address=server.address,
             run_id=str(client.status()["run_id"]),
             task=self._name,
             task_file=task_file,
-            options=[] if self._platform is None else ["--platform", self._platform],
-            environment={**share, "KERAS_BACKEND": "jax"},
+            options=[*options, *devices_option(None, in_sync=in_sync)],
             logs=server.run_dir / "logs",
         )
 

@@ -9,7 +9,7 @@ import pytest
 
 from headwater.client import gpus
 from headwater.client.gpus import CUDA, Gpus, deal, find_gpus
-from headwater.client.run import Training
+from headwater.client.shares import devices_option, shares_of_gpus
 
 LISTED = """\
 GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-6d1f7c06-0000-1111-2222-333344445555)
@@ -127,27 +127,26 @@ def test_nothing_is_known_without_nvidia_smi_or_where_it_fails(tmp_path: Path) -
 
 
 def test_nvidia_smi_that_hangs_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpus, "NVIDIA_SMI_TIMEOUT_S", 0.2)
     monkeypatch.delenv(CUDA, raising=False)
     monkeypatch.setenv("PATH", nvidia_smi(tmp_path, "exec /bin/sleep 60")["PATH"])
-    training = Training(task="mnist", workers=2, platform=None, server_options=[])
+    said: list[str] = []
 
     began = time.monotonic()
-    shares = training._shares_of_gpus()
+    shares = shares_of_gpus(2, None, said.append)
 
     assert time.monotonic() - began < 30
     assert [CUDA in share for share in shares] == [False, False]
-    assert "every worker will see all GPUs; set CUDA_VISIBLE_DEVICES" in "".join(capfd.readouterr())
+    assert "every worker will see all GPUs; set CUDA_VISIBLE_DEVICES" in "".join(said)
 
 
 def test_what_is_set_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CUDA, "3")
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.2")
-    training = Training(task="mnist", workers=2, platform="gpu", server_options=[])
 
-    shares = training._shares_of_gpus()
+    shares = shares_of_gpus(2, "gpu", pytest.fail)
 
     assert [share[CUDA] for share in shares] == ["3", "3"]
     assert not any("XLA_CLIENT_MEM_FRACTION" in share for share in shares)
@@ -156,18 +155,11 @@ def test_what_is_set_by_hand_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_workers_on_the_cpu_are_dealt_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CUDA, "0,1")
 
-    training = Training(task="mnist", workers=2, platform="cpu", server_options=[])
-
-    assert training._shares_of_gpus() == [{}, {}]
+    assert shares_of_gpus(2, "cpu", pytest.fail) == [{}, {}]
 
 
 def test_in_sync_mode_each_worker_uses_one_device_however_many_it_is_dealt() -> None:
-    def asked(*server_options: str, devices: str | None = None) -> list[str]:
-        return Training(
-            task="mnist", workers=2, platform=None, server_options=server_options, devices=devices
-        )._devices_option()
-
-    assert asked() == []
-    assert asked(devices="0,1") == ["--devices", "0,1"]
-    assert asked("--consistency", "sync:2") == ["--devices", "1"]
-    assert asked("--consistency", "sync:2", devices="2") == ["--devices", "2"]
+    assert devices_option(None, in_sync=False) == []
+    assert devices_option("0,1", in_sync=False) == ["--devices", "0,1"]
+    assert devices_option(None, in_sync=True) == ["--devices", "1"]
+    assert devices_option("2", in_sync=True) == ["--devices", "2"]

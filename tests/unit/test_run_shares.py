@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from headwater.client import run
+from headwater.client import shares
 from headwater.client.run import Training
+from headwater.client.shares import share_of_cores
 
 
 @pytest.fixture(autouse=True)
 def _eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "core_count", lambda: 8)
+    monkeypatch.setattr(shares, "core_count", lambda: 8)
     monkeypatch.delenv("NPROC", raising=False)
 
 
@@ -22,7 +23,7 @@ def threads(*server_options: str, workers: int = 1) -> str:
     training = Training(
         task="mnist", workers=workers, platform="cpu", server_options=server_options
     )
-    return training._share_of_machine()["NPROC"]
+    return share_of_cores(workers, in_sync=training._is_sync())["NPROC"]
 
 
 def recorded(folder: Path, consistency: str | None) -> Sequence[str]:
