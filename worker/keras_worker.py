@@ -48,7 +48,7 @@ from headwater.worker.keras_task import Variables, build, task_of
 from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask, is_loading
 from headwater.worker.loop import Worker
-from headwater.worker.task import Task
+from headwater.worker.task import NAME, Task
 
 log = logging.getLogger("headwater")
 
@@ -127,7 +127,7 @@ class ParameterServerStrategy:
         count = 2 if workers is None else workers
         if type(count) is not int or count < 0:
             raise UsageError(f"workers is a whole number from 0 on, not {count!r}")
-        if not re.fullmatch(r"[\w.-]*\w", name):
+        if not re.fullmatch(NAME, name):
             raise UsageError(f"name is for a folder: letters, digits, - and _; not {name!r}")
         for option in options.keys() & _SAID_BY_FIT.keys():
             raise UsageError(
