@@ -292,19 +292,6 @@ def test_looking_at_a_run_loads_no_framework() -> None:
     assert loaded & HEAVY == set()
 
 
-def test_torch_is_imported_by_its_worker_and_its_examples_alone() -> None:
-    found = {n for n, path in modules().items() if "torch" in map(_root, imports(path.read_text()))}
-    assert found == {
-        "headwater.worker.torch_worker",
-        "headwater.examples.mnist_torch",
-        "headwater.examples.torch_mlp",
-    }
-
-
-def _root(name: str) -> str:
-    return name.partition(".")[0]
-
-
 def test_workers_and_servers_of_jax_tasks_load_no_torch() -> None:
     loaded = loaded_by(
         "import headwater.worker.loop, headwater.worker.main, headwater.server.serve"
