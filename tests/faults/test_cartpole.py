@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from kit.lives import Lives
-from kit.processes import Command, run
+from kit.processes import FREE_PORT, Command, run
 from kit.waiting import wait_for
 
 CARTPOLE = "headwater.examples.cartpole"
-FREE_PORT = ("--listen", "127.0.0.1:0")
 
 
 def test_two_workers_learn_to_balance_the_pole(tmp_path: Path) -> None:

@@ -25,14 +25,13 @@ from safetensors.numpy import load_file
 
 from kit import processes
 from kit.commands import (
-    FREE_PORT,
     INTERRUPTED,
     PACED,
     assert_fails,
     assert_matches,
     say,
 )
-from kit.processes import Command, Finished, run, status_of
+from kit.processes import FREE_PORT, Command, Finished, run, status_of
 from kit.waiting import wait_for
 
 # --------------------------------------------------------------- one training
@@ -520,7 +519,7 @@ def test_a_second_server_on_the_port_is_refused(training: Training) -> None:
 
 
 def test_a_run_directory_is_one_servers(training: Training) -> None:
-    where = ("--listen", "127.0.0.1:0", "--run-dir", str(training.run_dir))
+    where = (*FREE_PORT, "--run-dir", str(training.run_dir))
     assert_fails(
         training.run("server", "--task", "paced.py", *where),
         2,

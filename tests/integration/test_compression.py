@@ -24,7 +24,7 @@ from headwater.worker.link import Patience
 from headwater.worker.load import LoadedTask
 from headwater.worker.loop import Worker
 from kit import counting, nets
-from kit.processes import BY_GRPC, run, server, worker
+from kit.processes import BY_GRPC, FREE_PORT, run, server, worker
 from kit.protocol import BareWorker, hello_of
 from kit.proxy import Proxy
 from kit.waiting import wait_for
@@ -159,8 +159,8 @@ def test_error_feedback_does_not_go_with_sync(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=r"sync:2 does not go with --compress topk:0.1") as no:
             client.set({"consistency": "sync:2"})
         assert no.value.reason is Reason.BAD_SETTING
-    done = run("server", "--task", COUNTING, "--compress", "topk:0.1", "--consistency", "sync:2",
-               cwd=tmp_path)  # fmt: skip
+    words = ("--task", COUNTING, "--compress", "topk:0.1", "--consistency", "sync:2")
+    done = run("server", *words, *FREE_PORT, cwd=tmp_path)
     assert done.status == 2
     assert "--compress topk:0.1: what it leaves out" in done.errors
     assert "use bfloat16 or int8" in done.errors
@@ -168,7 +168,7 @@ def test_error_feedback_does_not_go_with_sync(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_set_to_sync_is_not_continued_with_error_feedback(tmp_path: Path) -> None:
-    words = ("--task", COUNTING, "--listen", "127.0.0.1:0", "--run-dir", "run")
+    words = ("--task", COUNTING, *FREE_PORT, "--run-dir", "run")
     with (
         server(COUNTING, "--run-dir", "run", cwd=tmp_path) as (_, address),
         Client(address) as client,
@@ -224,7 +224,7 @@ def test_a_push_whose_outcome_was_never_heard_is_not_pushed_again(tmp_path: Path
 def test_what_is_no_compression_is_refused_before_anything_is_begun(
     tmp_path: Path, command: str
 ) -> None:
-    words = ("--workers", "1") if command == "run" else ()
+    words = (*FREE_PORT, "--workers", "1") if command == "run" else FREE_PORT
     done = run(command, "--task", COUNTING, *words, "--compress", "int4", cwd=tmp_path)
     assert done.status == 2
     assert "--compress 'int4': it is none, bfloat16, int8, or topk:RATIO" in done.errors

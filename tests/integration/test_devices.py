@@ -16,7 +16,7 @@ from headwater.worker.data import batch_rng
 from headwater.worker.gradient import GradientFunction
 from kit.commands import PACED
 from kit.commands import PLAIN as PLAIN_TASK
-from kit.processes import run, server, worker
+from kit.processes import FREE_PORT, run, server, worker
 from kit.waiting import wait_for
 
 MNIST = "headwater.examples.mnist"
@@ -28,7 +28,7 @@ def test_a_run_on_four_devices_ends_where_one_does_and_can_be_replayed(tmp_path:
     # Batches of 30 and a last one of 10; SGD, for Adam makes much of what is almost 0.
     done = run(
         *("run", "--task", MNIST, "--workers", "1", "--run-dir", "four", "--epochs", "1"),
-        *("--batch-size", "30", "--optimizer", "sgd(0.1)", "--listen", "127.0.0.1:0"),
+        *("--batch-size", "30", "--optimizer", "sgd(0.1)", *FREE_PORT),
         cwd=tmp_path,
         **FOUR,
     )
@@ -111,7 +111,7 @@ def test_run_deals_gpus_out_among_its_workers(tmp_path: Path) -> None:
     )
     done = run(
         *("run", "--task", "seen.py", "--workers", "2", "--epochs", "1"),
-        *("--listen", "127.0.0.1:0"),
+        *FREE_PORT,
         cwd=tmp_path,
         PATH=f"{smi.parent}:/usr/bin:/bin",
         CUDA_VISIBLE_DEVICES=None,

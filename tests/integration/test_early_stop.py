@@ -10,7 +10,7 @@ import pytest
 from headwater.client.client import Client
 from kit import counting
 from kit.lives import Lives
-from kit.processes import Command, run
+from kit.processes import FREE_PORT, Command, run
 from kit.waiting import wait_for
 
 ENDLESS = counting.options(examples=1024, epochs=100_000)
@@ -76,7 +76,8 @@ def test_a_metric_that_is_not_evaluated_is_said(tmp_path: Path) -> None:
 
 
 def test_a_rule_of_another_form_is_refused_before_the_run_begins(tmp_path: Path) -> None:
-    done = run(*("server", "--task", counting.__file__, "--stop-when", "accuracy"), cwd=tmp_path)
+    words = ("--task", counting.__file__, "--stop-when", "accuracy")
+    done = run("server", *words, *FREE_PORT, cwd=tmp_path)
 
     assert done.status == 2
     assert "--stop-when accuracy: it is a metric, one of >= <= > <, and a number" in done.errors

@@ -11,7 +11,7 @@ from headwater import fit
 from headwater.client.client import Client
 from headwater.protos.tensor_file import read_file
 from kit import counting
-from kit.processes import run, server, worker
+from kit.processes import FREE_PORT, run, server, worker
 
 TASK = Path(counting.__file__)
 OPTIONS = counting.options(examples=256, batch_size=32, epochs=2)
@@ -67,6 +67,6 @@ def test_fit_gives_both(tmp_path):
 
 
 def test_a_decay_that_is_none_is_refused(tmp_path):
-    ended = run("server", "--task", TASK, "--ema", "1", cwd=tmp_path)
+    ended = run("server", "--task", TASK, *FREE_PORT, "--ema", "1", cwd=tmp_path)
     assert ended.status == 2
     assert "--ema 1.0: it is the decay of an average" in ended.errors

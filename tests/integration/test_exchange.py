@@ -560,7 +560,7 @@ def test_stop_keeps_what_was_applied_says_bye_and_exits_0(tmp_path: Path) -> Non
     (tmp_path / "task.py").write_text(TASK_FILE)
     tests = str(Path(__file__).parents[1])
     task = counting.task(EXAMPLES, 1, BATCH)
-    arguments = ("--task", "task.py", "--listen", "127.0.0.1:0", "--run-dir", "run", "--grace", "2")
+    arguments = ("--task", "task.py", *processes.FREE_PORT, "--run-dir", "run", "--grace", "2")
     with processes.Command("server", *arguments, cwd=tmp_path, PYTHONPATH=tests) as command:
         address = wait_for(lambda: _address(command), "it listens", 60, lambda: command.errors)
         with BareWorker(address, hello_of(task)) as worker, Client(address) as client:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from headwater.worker.gradient import GradientFunction
 from headwater.worker.load import UsageError, load_task
-from kit.processes import run
+from kit.processes import FREE_PORT, run
 
 
 def gradients(task, own_loss):
@@ -87,7 +87,7 @@ def test_a_flax_nnx_model_trains_in_processes_and_is_given_back(tmp_path):
 
     ended = run(
         *("run", "--task", "headwater.examples.resnet_nnx", "--workers", "2"),
-        *("--listen", "127.0.0.1:0", "--run-dir", tmp_path / "run"),
+        *(*FREE_PORT, "--run-dir", tmp_path / "run"),
         cwd=tmp_path, timeout_s=100,
     )  # fmt: skip
     assert ended.status == 0, ended.errors

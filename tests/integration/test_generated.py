@@ -7,7 +7,7 @@ from pathlib import Path
 from headwater.client.client import Client
 from kit import generated
 from kit.lives import Lives
-from kit.processes import Command, run
+from kit.processes import FREE_PORT, Command, run
 from kit.waiting import wait_for
 
 TASK = generated.__file__
@@ -51,6 +51,7 @@ def test_what_needs_the_number_of_updates_is_refused_where_there_is_none(tmp_pat
 
     done = run(
         *("server", "--task", TASK, "--task-option", "endless=true", "--optimizer", spec),
+        *FREE_PORT,
         cwd=tmp_path,
     )
 

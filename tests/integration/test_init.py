@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from headwater.client.client import Client
 from kit import counting
 from kit.lives import Lives
-from kit.processes import Command, run
+from kit.processes import FREE_PORT, Command, run
 
 SMALL = counting.options(examples=8, batch_size=4, epochs=2)
 START = {"count": np.arange(8, dtype=np.float32), "padding": np.zeros(0, np.float32)}
@@ -26,7 +26,7 @@ def write(path: Path, **changed: np.ndarray) -> str:
 
 def refused(folder: Path, *options: str) -> str:
     """What a server says that does not begin; it leaves nothing behind."""
-    done = run("server", "--task", counting.__file__, *SMALL, *options, cwd=folder)
+    done = run("server", "--task", counting.__file__, *FREE_PORT, *SMALL, *options, cwd=folder)
     assert done.status == 2, done.errors
     assert "Traceback" not in done.errors
     assert not (folder / "runs").exists()

@@ -9,7 +9,7 @@ import pytest
 
 from headwater.client.client import Client
 from kit import stateful
-from kit.processes import run, server, worker
+from kit.processes import FREE_PORT, run, server, worker
 from kit.waiting import wait_for
 
 TASK = Path(stateful.__file__)
@@ -68,7 +68,7 @@ def test_counts_are_exact_in_spite_of_a_killed_worker_and_a_killed_server(
 
 def test_run_evaluates_parameters_and_state(tmp_path):
     ended = run(
-        "run", "--task", TASK, "--workers", "2", "--listen", "127.0.0.1:0", cwd=tmp_path,
+        "run", "--task", TASK, "--workers", "2", *FREE_PORT, cwd=tmp_path,
         timeout_s=120,
     )  # fmt: skip
     assert ended.status == 0, ended.errors

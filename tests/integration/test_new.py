@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kit.processes import run
+from kit.processes import FREE_PORT, run
 
 
 def test_what_it_writes_checks_and_trains_by_the_lines_it_prints(tmp_path: Path) -> None:
@@ -15,7 +15,7 @@ def test_what_it_writes_checks_and_trains_by_the_lines_it_prints(tmp_path: Path)
     check, train = (line.split()[1:] for line in done.output.splitlines() if "headwater " in line)
     checked = run(*check, cwd=tmp_path)
     assert checked.status == 0, checked.errors
-    trained = run(*train, "--run-dir", "run", "--listen", "127.0.0.1:0", cwd=tmp_path)
+    trained = run(*train, "--run-dir", "run", *FREE_PORT, cwd=tmp_path)
     assert trained.status == 0, trained.errors
     (accuracy,) = re.findall(r"evaluation +accuracy ([\d.]+)", trained.output + trained.errors)
     assert float(accuracy) > 0.97

@@ -57,6 +57,11 @@ def ones(value: float = -1.0) -> dict[str, Any]:
     return {"total": np.full(SIZE, value)}
 
 
+def pushing(client: Client) -> int:
+    """How many sessions the server is taking a push from, or holds one of."""
+    return sum(worker["state"] == "pushing" for worker in client.status()["workers"])
+
+
 def test_a_push_moves_the_weights_and_says_which_version_it_made(
     client: Client, session: PushSession
 ) -> None:
@@ -153,16 +158,14 @@ def test_a_push_is_held_while_the_run_is_paused(client: Client, session: PushSes
     version = client.status()["version"]
     client.pause()
     outcomes = []
-    pushing = threading.Thread(target=lambda: outcomes.append(session.push(ones())))
-    pushing.start()
+    held = threading.Thread(target=lambda: outcomes.append(session.push(ones())))
+    held.start()
     try:
-        wait_for(
-            lambda: any(w["state"] == "pushing" for w in client.status()["workers"]), "it came"
-        )
+        wait_for(lambda: pushing(client) == 1, "it came")
         assert client.status()["version"] == version
     finally:
         client.resume()
-        pushing.join(30)
+        held.join(30)
     assert outcomes[0].applied
 
 
@@ -313,7 +316,9 @@ def test_a_stream_that_is_cut_gives_its_place_back(lives: ServedLives, client: C
 
     call = bare.stub.PushGradient.future(endless())
     try:
-        wait_for(lambda: other.push().code == pb.OUTCOME_STALE, "the place is taken")
+        # Until it has come, the other's push would be the first, and the stream's too late.
+        wait_for(lambda: pushing(client) == 1, "the stream has the place")
+        assert other.push().code == pb.OUTCOME_STALE
     finally:
         call.cancel()
         over.set()

@@ -19,7 +19,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from kit.processes import HEADWATER, Command, Finished, run, status_of
+from kit.processes import FREE_PORT, HEADWATER, Command, Finished, run, status_of
 from kit.waiting import wait_for
 
 PACED = """
@@ -73,7 +73,6 @@ def task(epochs: int = 100_000, evaluates: bool = False):
     )
 """
 
-FREE = ("--listen", "127.0.0.1:0")
 SHORT = ("run", "--task", "paced.py", "--task-option", "epochs=2", "--workers", "1")
 """Sixteen updates."""
 
@@ -122,7 +121,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """What the README begins with, run once."""
     cwd = tmp_path_factory.mktemp("digits")
     task = ("run", "--task", "headwater.examples.mnist", "--workers", "2")
-    return Trained(run(*task, *FREE, cwd=cwd), cwd)
+    return Trained(run(*task, *FREE_PORT, cwd=cwd), cwd)
 
 
 def test_run_trains_the_digits_and_says_where_everything_is(digits: Trained) -> None:
@@ -190,7 +189,7 @@ def test_a_finished_run_leaves_a_log_of_each_process(digits: Trained) -> None:
 
 
 def test_a_task_without_evaluate_is_trained_and_no_evaluation_is_spoken_of(folder: Path) -> None:
-    finished = run(*SHORT, *FREE, cwd=folder)
+    finished = run(*SHORT, *FREE_PORT, cwd=folder)
     assert (finished.status, finished.errors) == (0, "")
     assert "evaluat" not in finished.output
     assert "finished at version 16 in " in finished.output
@@ -200,7 +199,7 @@ def test_a_task_without_evaluate_is_trained_and_no_evaluation_is_spoken_of(folde
 
 @pytest.mark.slow
 def test_a_server_named_in_the_environment_is_not_this_runs(folder: Path) -> None:
-    finished = run(*SHORT, *FREE, cwd=folder, HEADWATER_SERVER="127.0.0.1:1")
+    finished = run(*SHORT, *FREE_PORT, cwd=folder, HEADWATER_SERVER="127.0.0.1:1")
     assert (finished.status, finished.errors) == (0, "")
     assert "127.0.0.1:1\n" not in finished.output
     assert "finished at version 16 in " in finished.output
@@ -224,7 +223,7 @@ def test_run_takes_a_free_port_when_the_default_one_is_busy_and_says_so(folder: 
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A line of bash in which $RUN is a short run."""
-    words = [str(HEADWATER), *SHORT, *FREE]
+    words = [str(HEADWATER), *SHORT, *FREE_PORT]
     script = f"RUN={shlex.quote(shlex.join(words))}; {line}"
     return subprocess.run(  # noqa: S603  (our own text)
         ["/bin/bash", "-c", script],
@@ -300,7 +299,7 @@ def test_a_run_whose_server_was_killed_is_continued_by_the_same_command(folder: 
 @pytest.mark.slow  # the server alone: tests/faults/test_ending.py
 def test_a_finished_run_is_extended_by_more_epochs(folder: Path) -> None:
     for epochs, version in (("2", 16), ("3", 24)):
-        done = run(*SHORT, *FREE, "--run-dir", "mine", "--epochs", epochs, cwd=folder)
+        done = run(*SHORT, *FREE_PORT, "--run-dir", "mine", "--epochs", epochs, cwd=folder)
         assert (done.status, done.errors) == (0, "")
         assert f"finished at version {version} in " in done.output
 
@@ -321,7 +320,7 @@ def test_a_busy_port_that_was_asked_for_is_refused(folder: Path) -> None:
 
 
 def test_an_unknown_option_is_refused(folder: Path) -> None:
-    finished = run(*SHORT, *FREE, "--nonsense", cwd=folder)
+    finished = run(*SHORT, *FREE_PORT, "--nonsense", cwd=folder)
     assert finished.status == 2
     assert re.fullmatch(
         r"headwater: error: server failed: No such option: --nonsense .*\n", finished.errors
@@ -329,7 +328,7 @@ def test_an_unknown_option_is_refused(folder: Path) -> None:
 
 
 def test_a_task_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    finished = run("run", "--task", "nowhere.py", *FREE, cwd=tmp_path)
+    finished = run("run", "--task", "nowhere.py", *FREE_PORT, cwd=tmp_path)
     assert finished.status == 2
     assert finished.errors == (
         "headwater: error: server failed: there is no file nowhere.py; --task nowhere.py names "
@@ -344,7 +343,7 @@ def files_of(traceback: str) -> set[str]:
 
 def test_a_task_that_raises_while_loading_shows_the_users_own_traceback(folder: Path) -> None:
     (folder / "paced.py").write_text("def helper():\n    return 1 / 0\n\n\nhelper()\n")
-    finished = run("run", "--task", "paced.py", *FREE, cwd=folder)
+    finished = run("run", "--task", "paced.py", *FREE_PORT, cwd=folder)
     assert finished.status == 2
     first, second, *_, last = finished.errors.splitlines()
     assert first == "headwater: error: server failed: paced.py raised while it was loaded"
@@ -361,7 +360,7 @@ def wrong_loss(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     (cwd / "paced.py").write_text(PACED.replace('params["w"] -', 'params["v"] -'))
     (cwd / "go").touch()
     task = ("run", "--task", "paced.py", "--workers", "1")
-    return Trained(run(*task, *FREE, cwd=cwd), cwd)
+    return Trained(run(*task, *FREE_PORT, cwd=cwd), cwd)
 
 
 def test_a_loss_that_raises_ends_the_run_with_the_users_own_traceback(wrong_loss: Trained) -> None:
@@ -413,7 +412,7 @@ class Started(NamedTuple):
 def started(folder: Path, *options: str) -> Iterator[Started]:
     """An endless run with two workers."""
     task = ("run", "--task", "paced.py", "--workers", "2", *options)
-    with Command(*task, *FREE, cwd=folder) as command:
+    with Command(*task, *FREE_PORT, cwd=folder) as command:
         it = Started(command, folder)
         try:
             yield it

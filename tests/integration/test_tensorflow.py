@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from headwater.client.client import Client
-from kit.processes import Command
+from kit.processes import FREE_PORT, Command
 from kit.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_tensorflow_trains_through_a_server_that_has_no_task(tmp_path: Path) -> 
 
     example("init", "digits.safetensors")
     words = ("--init", "digits.safetensors", "--optimizer", "adam(1e-3)")
-    with Command("server", *words, "--listen", "127.0.0.1:0", cwd=tmp_path) as server:
+    with Command("server", *words, *FREE_PORT, cwd=tmp_path) as server:
         address = wait_for(
             lambda: server.errors.partition("listening on ")[2].partition(";")[0],
             "the server listens",

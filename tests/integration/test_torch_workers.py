@@ -21,7 +21,7 @@ from headwater.worker.load import LoadedTask
 from headwater.worker.loop import Worker
 from headwater.worker.torch_worker import load_weights
 from kit import counting, counting_torch
-from kit.processes import Command, run, server, worker
+from kit.processes import FREE_PORT, Command, run, server, worker
 from kit.waiting import wait_for
 
 COUNTING = Path(counting.__file__)
@@ -179,7 +179,7 @@ def test_the_example_trains_in_processes_and_its_state_counts_every_batch(tmp_pa
     """By shared memory, with gradients of 8 bits, and two workers."""
     ended = run(
         *("run", "--task", "headwater.examples.torch_mlp", "--workers", "2"),
-        *("--listen", "127.0.0.1:0", "--run-dir", "run", "--compress", "int8"),
+        *(*FREE_PORT, "--run-dir", "run", "--compress", "int8"),
         cwd=tmp_path, timeout_s=150,
     )  # fmt: skip
 
@@ -205,7 +205,7 @@ def test_a_sync_run_of_torch_workers_is_the_same_whoever_computes_and_is_replaye
         folder = f"of-{workers}"
         ended = run(
             *("run", "--task", "headwater.examples.torch_mlp", "--workers", workers),
-            *("--listen", "127.0.0.1:0", "--run-dir", folder, "--consistency", "sync:2"),
+            *(*FREE_PORT, "--run-dir", folder, "--consistency", "sync:2"),
             *("--epochs", "2"),
             cwd=tmp_path, timeout_s=120, NPROC=None,
         )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from headwater.client.client import Client
 from headwater.examples import numpy_worker
 from kit import counting
-from kit.processes import run
+from kit.processes import FREE_PORT, run
 from kit.served import COUNTING, ServedLives, program, write_weights
 from kit.waiting import wait_for
 
@@ -113,7 +113,7 @@ def test_without_examples_workers_are_sent_away(tmp_path: Path) -> None:
 )
 def test_wrong_usage_is_exit_status_2(words: tuple[str, ...], message: str, tmp_path: Path) -> None:
     write_weights(tmp_path, count=np.zeros(2, np.float32))
-    done = run("server", *words, cwd=tmp_path)
+    done = run("server", *FREE_PORT, *words, cwd=tmp_path)
     assert done.status == 2
     assert message in done.errors
     assert len(done.errors.splitlines()) == 1

@@ -15,14 +15,13 @@ from headwater import __version__
 from headwater.client.main import PROCESSES
 from headwater.client.processes import free_address
 from kit.commands import (
-    FREE_PORT,
     PACED,
     PLAIN,
     TALKING,
     assert_fails,
     quick,
 )
-from kit.processes import Finished, run
+from kit.processes import FREE_PORT, Finished, run
 
 # ------------------------------------------------------------------- no server
 
@@ -140,7 +139,7 @@ WRONG_FLAGS = {
     quick(WRONG_FLAGS, "--listen 0.0.0.0:0", "--consistency bounded", "--platform abacus"),
 )
 def test_a_wrong_flag_of_the_server_is_one_line(options: str, folder: Path) -> None:
-    finished = run("server", "--task", "paced.py", *options.split(), cwd=folder)
+    finished = run("server", "--task", "paced.py", *FREE_PORT, *options.split(), cwd=folder)
     assert_fails(finished, 2, f"headwater server: error: {WRONG_FLAGS[options]}")
     assert not (folder / "runs").exists()
 

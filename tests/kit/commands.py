@@ -89,7 +89,6 @@ fields = dict(
 INTERRUPTED = (130, -signal.SIGINT)
 """Both are 130 to a shell."""
 
-FREE_PORT = ("--listen", "127.0.0.1:0")
 
 TALKING = {
     "status": ("status",),

@@ -19,6 +19,9 @@ from headwater.client.client import Client
 from headwater.protos.errors import HeadwaterError
 from kit.waiting import wait_for
 
+FREE_PORT = ("--listen", "127.0.0.1:0")
+"""For servers: another test, or its neighbour, may be at the default one."""
+
 BY_GRPC = ("--transport", "grpc")
 """For workers behind a proxy, which shared memory would go round."""
 
@@ -121,7 +124,7 @@ def server(
     task: str | Path, *options: str | Path, cwd: Path, **environment: str | None
 ) -> Iterator[tuple[Command, str]]:
     """A server process of the task on a free port, and its address, once it answers."""
-    arguments = ("server", "--task", task, "--listen", "127.0.0.1:0", *options)
+    arguments = ("server", "--task", task, *FREE_PORT, *options)
     with Command(*arguments, cwd=cwd, **environment) as command:
         address = wait_for(
             lambda: _address(command), "the server listens", START_TIMEOUT_S, lambda: command.errors
