@@ -106,7 +106,7 @@ def test_the_table_in_the_docs_is_this_one() -> None:
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    keras.backend.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
 
 
@@ -153,7 +153,7 @@ def both(
     models = []
     for strategy in (None, here()):
         keras.utils.set_random_seed(0)
-        keras.backend.clear_session()
+        keras.utils.clear_session(free_memory=False)
         model = compiled(make, **compile_options())
         if strategy is not None:
             strategy.distribute(model)
