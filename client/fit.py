@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwater.client.client import Client
 from headwater.client.fitted import Fitted, read_fitted
-from headwater.client.interrupts import Stopped
+from headwater.client.interrupts import Stopped, heard_in_a_coroutine
 from headwater.client.progress import Display, Screen
 from headwater.client.run import Training
 from headwater.protos.errors import UsageError
@@ -83,7 +83,7 @@ def fit(
     if workers == 0:
         if platform is not None:
             raise UsageError("fit: with workers=0 it is this process that computes; no platform")
-        with Display(screen, live=False) as display:
+        with Display(screen, live=False) as display, heard_in_a_coroutine():
             run_dir = train_here(
                 task, name, keywords.fields, lambda at: _look(at, display), spelt or "all"
             )

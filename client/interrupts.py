@@ -17,6 +17,26 @@ class Stopped(BaseException):
         self.number = number
 
 
+@contextlib.contextmanager
+def heard_in_a_coroutine() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt inside, for what holds up an event loop's thread.
+
+    `asyncio.run` has it cancel a task instead, which is heard when the loop goes on.
+    """
+    import asyncio
+
+    before = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or before is None or asyncio._get_running_loop() is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Interrupts:
     """While entered, any of `numbers` raises Stopped; the handlers of before come back after.
 

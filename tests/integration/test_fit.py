@@ -291,6 +291,35 @@ def test_what_was_started_ends_with_ctrl_c_or_its_parent(number: int, tmp_path: 
                 one.kill()
 
 
+BLOCKING = """
+    fit(task, workers=2, run_dir="run")
+"""
+IN_A_COROUTINE = """
+    async def main():
+        fit(task, workers=0, run_dir="run")
+    import asyncio
+    asyncio.run(main())
+"""
+
+
+def test_one_ctrl_c_ends_a_training_in_this_process_in_a_coroutine_too(tmp_path: Path) -> None:
+    process = subprocess.Popen(  # noqa: S603  (our own text)
+        [sys.executable, "-c", ENDLESS.replace(BLOCKING, IN_A_COROUTINE)],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        metrics = tmp_path / "run/metrics.jsonl"
+        wait_for(lambda: metrics.exists() and "evaluation" in metrics.read_text(), "it trains", 60)
+
+        process.send_signal(signal.SIGINT)
+
+        output, _ = process.communicate(timeout=TOLD_TO_END_S)
+        assert output == "interrupted\n"
+        assert (tmp_path / "run/weights.safetensors").exists()
+    finally:
+        process.kill()
+
+
 # --------------------------------------------------------------------- wrong input
 
 
