@@ -206,7 +206,8 @@ class Client:
 
         Args:
           values: `consistency`, such as "bounded:4", and numbers of the optimizer, such
-            as {"learning_rate": 3e-4}; `settings` has their names.
+            as {"learning_rate": 3e-4}; `settings` has their names. "schedule" puts back
+            the schedule that a number was set in place of.
           at_version: For numbers: the update that follows this version is the first
             with them; by default the next one.
 

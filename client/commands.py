@@ -327,8 +327,9 @@ def set_(
 ) -> None:
     """Change settings while the run trains: the consistency, the optimizer's numbers.
 
-    They hold from the next update on, and through crashes. Without NAME=VALUE: list what can be
-    set, and how it stands.
+    They hold from the next update on, and through crashes; learning_rate=schedule takes a number
+    back that was set in place of a schedule. Without NAME=VALUE: list what can be set, and how it
+    stands.
     """
     wanted = dict(map(_assignment, values or ()))
     if at_version is not None and not wanted:

@@ -21,7 +21,8 @@ class Planned:
     after_version: int
     """The update that follows this version is the first with the new value."""
     name: str
-    value: float
+    value: float | None
+    """None: what the optimizer's own schedule gives, again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +44,21 @@ class Settings:
             return self
         return dataclasses.replace(
             self,
-            numbers={**self.numbers, **{plan.name: plan.value for plan in due}},
+            numbers=_changed(self.numbers, {plan.name: plan.value for plan in due}),
             planned=self.planned[len(due) :],
         )
 
-    def with_numbers(self, values: Mapping[str, float], after_version: int | None) -> Settings:
-        """With these numbers, at once or after a version.
+    def with_numbers(
+        self, values: Mapping[str, float | None], after_version: int | None
+    ) -> Settings:
+        """With these numbers, at once or after a version; without those that are None.
 
         What was planned for the same numbers, from then on, is forgotten.
         """
         since = -1 if after_version is None else after_version
         kept = [p for p in self.planned if p.name not in values or p.after_version < since]
         if after_version is None:
-            numbers = {**self.numbers, **values}
+            numbers = _changed(self.numbers, values)
             return dataclasses.replace(self, numbers=numbers, planned=tuple(kept))
         new = [Planned(after_version, name, value) for name, value in sorted(values.items())]
         planned = sorted([*kept, *new], key=lambda plan: plan.after_version)
@@ -81,3 +84,10 @@ class Settings:
             tuple(Planned(*plan) for plan in values["planned"]),
             values["compute"],
         )
+
+
+def _changed(
+    numbers: Mapping[str, float], values: Mapping[str, float | None]
+) -> Mapping[str, float]:
+    together = {**numbers, **values}
+    return {name: value for name, value in together.items() if value is not None}

@@ -173,8 +173,8 @@ class Steering:
 
     async def _read(
         self, values: Mapping[str, str], at_version: int | None
-    ) -> tuple[Dial | None, dict[str, float]]:
-        """The dial, if it is to be turned, and the optimizer's numbers."""
+    ) -> tuple[Dial | None, dict[str, float | None]]:
+        """The dial, if it is to be turned, and the optimizer's numbers, None for a schedule."""
         run = self._run
         if run.state_override is not None or run.is_done:
             raise _bad("the run is over; nothing can be set any more")
@@ -194,7 +194,7 @@ class Steering:
         for name, text in texts.items():
             if name not in known:
                 raise _unknown(name, known)
-            numbers[name] = _number(name, text)
+            numbers[name] = _number(known[name], text)
         return dial, numbers
 
     def _check_is_ahead(self, at_version: int | None) -> None:
@@ -296,13 +296,17 @@ def _unknown(name: str, known: Iterable[str]) -> Refused:
     return _bad(what)
 
 
-def _number(name: str, text: str) -> float:
+def _number(known: HyperParameter, text: str) -> float | None:
+    has_schedule = known.value is None
+    if has_schedule and text == SCHEDULE:
+        return None
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise _bad(f"{name}={printable(text)}: it takes a number, such as 3e-4")
+        own = f"; or {SCHEDULE}, which is its own" if has_schedule else ""
+        raise _bad(f"{known.name}={printable(text)}: it takes a number, such as 3e-4{own}")
     return value
 
 
@@ -321,7 +325,7 @@ def _described(
         value = now.numbers.get(name, number.value)
         yield pb.Setting(
             name=name,
-            value=SCHEDULE if value is None else repr(float(value)),
+            value=_text(value),
             is_set=name in now.numbers,
             compiles=number.change is Change.RECOMPILED and name not in live,
             planned=_planned(name, published, newest),
@@ -331,16 +335,20 @@ def _described(
 def _planned(name: str, published: Published, newest: Settings) -> list[pb.PlannedValue]:
     now = published.settings
     found = [
-        pb.PlannedValue(after_version=plan.after_version, value=repr(plan.value))
+        pb.PlannedValue(after_version=plan.after_version, value=_text(plan.value))
         for plan in now.planned
         if plan.name == name
     ]
     queued = [plan for plan in newest.planned if plan.name == name and plan not in now.planned]
     value = newest.numbers.get(name)
-    if value is not None and value != now.numbers.get(name):
+    if value != now.numbers.get(name):
         queued = [Planned(published.version, name, value), *queued]
-    found += [_queued(plan.after_version, repr(plan.value)) for plan in queued]
+    found += [_queued(plan.after_version, _text(plan.value)) for plan in queued]
     return sorted(found, key=lambda plan: plan.after_version)
+
+
+def _text(value: float | None) -> str:
+    return SCHEDULE if value is None else repr(float(value))
 
 
 def _queued(after_version: int, value: str) -> pb.PlannedValue:

@@ -177,10 +177,11 @@ def test_what_was_set_on_the_way_is_set_again(tmp_path: Path) -> None:
         client.set({"learning_rate": 0.02}, at_version=40)
         client.set({"consistency": "bounded:1", "momentum": 0.5})
         wait_for(lambda: client.status()["version"] > 45, "the planned one holds")
-        client.set({"consistency": "sync:2"})
+        client.set({"consistency": "sync:2", "learning_rate": "schedule"})
 
     run_dir = tmp_path / "run"
-    train(run_dir, epochs=40, optimizer="sgd(0.01, momentum=0.9)", steer=steer)
+    optimizer = "sgd(linear_schedule(0.01, 0.001, 200), momentum=0.9)"
+    train(run_dir, epochs=40, optimizer=optimizer, steer=steer)
 
     assert (
         sum("set" in line and "u" not in line for line in history.read(run_dir / history.NAME)) > 3

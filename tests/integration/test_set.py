@@ -126,6 +126,33 @@ def test_a_value_in_place_of_a_schedule(start: Callable[..., LineRun]) -> None:
     assert run.value("learning_rate") == "0.5"
 
 
+def test_a_schedule_goes_on_where_it_would_be(start: Callable[..., LineRun]) -> None:
+    run = start("sgd(piecewise_constant_schedule(1.0, {2: 0.5, 4: 0.5}))")
+    run.client.set({"learning_rate": 0.75})
+    assert [run.push(), run.push()] == [0.75, 0.75]
+    with compilations() as compiled:
+        run.client.set({"learning_rate": "schedule"})
+        assert run.push() == 0.5
+    assert compiled == []
+    setting = run.client.settings()["learning_rate"]
+    assert (setting["value"], setting["is_set"]) == ("schedule", False)
+
+    run.client.set({"learning_rate": 0.75})
+    run.client.set({"learning_rate": "schedule"}, at_version=4)
+    planned = run.client.settings()["learning_rate"]["planned"]
+    assert planned == [{"after_version": 4, "value": "schedule", "queued": False}]
+    assert [run.push(), run.push()] == [0.75, 0.25]
+    assert run.client.status()["optimizer_numbers"] == {}
+
+
+def test_who_mistypes_a_number_is_told_of_its_schedule(start: Callable[..., LineRun]) -> None:
+    run = start("sgd(linear_schedule(1.0, 0.0, total_updates), momentum=0.5)")
+    with pytest.raises(Refused, match="such as 3e-4; or schedule, which is its own"):
+        run.client.set({"learning_rate": "scheduled"})
+    with pytest.raises(Refused, match="momentum=schedule: it takes a number, such as 3e-4"):
+        run.client.set({"momentum": "schedule"})
+
+
 def test_a_closed_transformation_can_be_scaled_and_what_it_injected_be_set(
     start: Callable[..., LineRun],
 ) -> None:
