@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import os
 import secrets
 import socket
@@ -61,7 +62,7 @@ SAY_S = 60.0
 
 _AGAIN = {Reason.SILENT, Reason.SERVER_ENDED}
 
-_NOT_APPLIED = {Reason.RUN_OVER, Reason.NOT_IN_SYNC}
+_NOT_APPLIED = {Reason.RUN_OVER, Reason.NOT_IN_SYNC, Reason.FUTURE_VERSION}
 """Refusals that say what became of the push."""
 
 
@@ -196,29 +197,39 @@ class PushSession:
         Args:
           gradient: For each parameter an array of its shape, and of its dtype or one that
             NumPy casts to it within its kind, such as float64 to float32.
-          loss: At the same weights; shown, and given to the optimizer.
+          loss: At the same weights; shown, and given to the optimizer, which gets 0 without. One
+            that looks at it, such as `reduce_on_plateau`, needs it with each push.
           examples: That it is of; for the statistics alone.
           at: The weights that it was computed at; those pulled last by default.
 
         Raises:
-          UsageError: Nothing was pulled yet; or the arrays are not the parameters.
-          Refused: RUN_OVER, NOT_IN_SYNC: it was not applied. And what `pull` raises.
+          UsageError: Nothing was pulled yet; or the arrays are not the parameters, or the loss
+            or the number of examples is none. Nothing was pushed.
+          Refused: RUN_OVER, NOT_IN_SYNC, FUTURE_VERSION: it was not applied. UNWRITABLE: so much
+            is kept that it has to be durable first, and the server's disk is full or broken;
+            nothing was pushed. And what `pull` raises.
           SessionLost: What was durable is not there any more.
           Unreachable: No server answered for `timeout_s`. The push stays kept, and goes
             before the next one.
         """
-        base = at or self._pulled
+        base = self._pulled if at is None else at
         if base is None or self._layout is None:
             raise UsageError("push: pull the weights first, for the gradient is computed at them")
+        if base.run_id != self._run_id:
+            raise UsageError(
+                f"push: `at` is of run {base.run_id}, and this session's is {self._run_id}"
+            )
+        # All that can be wrong is found before it is kept, from when on it is sent until it is
+        # known what became of it.
         data = _packed(self._layout, gradient)
+        loss, examples = _loss(loss), _count(examples)
         if any(push.version is None for push in self._kept):
             self._deliver()  # one that was left when no server answered
+        if self._kept and self._kept_bytes() + data.nbytes > self._keep_bytes:
+            self.flush()
         sequence = 1 + (self._kept[-1].sequence if self._kept else self._durable_sequence)
         self._kept.append(_Push(sequence, base.version, base.incarnation, loss, examples, data))
-        outcome = self._deliver()
-        if sum(push.data.nbytes for push in self._kept) > self._keep_bytes:
-            self.flush()
-        return outcome
+        return self._deliver()
 
     def flush(self) -> None:
         """Have all pushes durable; then no crash can take them back.
@@ -230,6 +241,9 @@ class PushSession:
             self._deliver(asks=True)
             if self._kept:
                 self._patiently(self._snapshot)
+
+    def _kept_bytes(self) -> int:
+        return sum(push.data.nbytes for push in self._kept)
 
     # -------------------------------------------------------------- delivering
 
@@ -388,6 +402,23 @@ def _parts(head: pb.SessionPush, data: Bytes) -> Iterator[bytes]:
     yield frame(head, data[:PART_BYTES].data)
     for at in range(PART_BYTES, len(data), PART_BYTES):
         yield frame(pb.SessionPush(), data[at : at + PART_BYTES].data)
+
+
+def _loss(value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"push: loss is a number, not {value!r}") from None
+
+
+def _count(value: Any) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1
+    if not 0 <= count < 1 << 63:
+        raise UsageError(f"push: examples is a whole number from 0 on, not {value!r}")
+    return count
 
 
 def _packed(layout: Layout, gradient: Mapping[str, Any]) -> Bytes:

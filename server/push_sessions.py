@@ -56,6 +56,10 @@ class Verdict(enum.Enum):
     FORGOTTEN = "it may have been applied before, and nobody knows"
 
 
+class NotNext(Exception):
+    """The push is not the next of its session, or nobody knows whether it is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PushSessions:
     """The sessions in one version's history."""
@@ -74,6 +78,13 @@ class PushSessions:
             return Verdict.REPEATED
         return Verdict.NEXT if push.sequence == done + 1 else Verdict.MISSING
 
+    def check(self, push: PushId) -> None:
+        """Raises:
+        NotNext: It must not be applied.
+        """
+        if (verdict := self.judge(push)) is not Verdict.NEXT:
+            raise NotNext(f"push {push.sequence} of session {push.session:x}: {verdict.value}")
+
     def last_sequence(self, session: int) -> int:
         """0 where none is known."""
         last = self.known.get(session)
@@ -85,10 +96,9 @@ class PushSessions:
         """With this push, which made `version`.
 
         Raises:
-          ValueError: It is not the next: something was about to be counted twice.
+          NotNext: Something was about to be counted twice.
         """
-        if (verdict := self.judge(push)) is not Verdict.NEXT:
-            raise ValueError(f"push {push.sequence} of session {push.session:x}: {verdict.value}")
+        self.check(push)
         known = dict(self.known)
         before = known.pop(push.session, None)
         opened = before.opened if before is not None else push.opened

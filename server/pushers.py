@@ -83,6 +83,19 @@ class SessionPush:
             self.answer.set_result(answer)
 
 
+def disk_failed() -> Refused:
+    """What was pushed may be on the disk all the same: the next server knows."""
+    return Refused(Reason.SERVER_ENDED, "the server's disk failed")
+
+
+def forgotten() -> Refused:
+    return Refused(
+        Reason.SESSION_FORGOTTEN,
+        "the server does not know this session any more: too many others have pushed since. "
+        "Whether its last push was applied cannot be told; open a new session",
+    )
+
+
 class Pushers:
     """All that are known, by their sessions."""
 

@@ -51,8 +51,8 @@ class RunRecord:
     arrays: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
     """Of a run without task code: dtype and shape of what it serves, by name, in their order."""
     starts: Sequence[int] = dataclasses.field(default_factory=list)
-    """The version that each incarnation began with. Never lower than the one before: what that
-    began with was durable."""
+    """The version that each incarnation began with. Lower than the one before only where the
+    newest snapshot was damaged since."""
     headwater: str = __version__
 
     @classmethod

@@ -26,7 +26,7 @@ from headwater.protos.layout import Bytes
 from headwater.protos.wire import PART_BYTES, MalformedMessage, unframe
 from headwater.server.admission import Ticket
 from headwater.server.push_sessions import PushId, Verdict
-from headwater.server.pushers import Pusher, SessionPush
+from headwater.server.pushers import Pusher, SessionPush, disk_failed, forgotten
 from headwater.server.run_state import Run
 from headwater.server.staging import Staged
 from headwater.server.updates import Updates
@@ -72,7 +72,10 @@ class SessionPushes:
         """
         messages = self._messages(requests)
         try:
-            head, body = await anext(messages)
+            async with asyncio.timeout(self._run.config.session_timeout_s):
+                head, body = await anext(messages)
+        except TimeoutError:
+            raise Refused(Reason.SILENT, "nothing came in the call") from None
         except StopAsyncIteration:  # a connection that was cut looks like this, too
             raise Refused(Reason.MALFORMED, "there is no message in the call") from None
         self._check(head)
@@ -121,9 +124,19 @@ class SessionPushes:
                 waiting.set_result(None)
 
     def end(self) -> None:
-        """No more updates will come: who waits for one is told so."""
+        """No more updates will come: who waits for one is told so.
+
+        But for what is applied and not known to be durable: it may be there when the run is
+        continued, and to say that it is not applied would have it pushed again.
+        """
+        run = self._run
         for push in list(self._on_their_way.values()):
-            push.tell(_over())
+            if run.log_broken:
+                push.tell(disk_failed())
+            elif run.current.sessions.judge(push.id) is Verdict.REPEATED:
+                push.tell(Refused(Reason.SERVER_ENDED, "the server is being stopped"))
+            else:
+                push.tell(_over())
         self.wake()
 
     # ---------------------------------------------------------------- checking
@@ -131,7 +144,7 @@ class SessionPushes:
     def _check(self, head: pb.SessionPush) -> None:
         run, current = self._run, self._run.current
         if run.log_broken:
-            raise Refused(Reason.SERVER_ENDED, "the server's disk failed")
+            raise disk_failed()
         run.identity.check_run(head.run_id, head.incarnation, current.incarnation)
         for name in ("session", "sequence", "attempt", "run_id", "incarnation", "base_incarnation"):
             if not getattr(head, name):
@@ -169,11 +182,7 @@ class SessionPushes:
         sessions = self._run.current.sessions
         verdict = sessions.judge(push)
         if verdict is Verdict.FORGOTTEN:
-            raise Refused(
-                Reason.SESSION_FORGOTTEN,
-                "the server does not know this session any more: too many others have pushed "
-                "since. Whether its last push was applied cannot be told; open a new session",
-            )
+            raise forgotten()
         if verdict is Verdict.REPEATED:
             if not head.asks:
                 self._run.figures.duplicate_count += 1
@@ -190,8 +199,8 @@ class SessionPushes:
         """The newest version of this history that the gradient's base was made from."""
         if head.base_incarnation == self._run.current.incarnation:
             return head.base
-        # What came after it in that life is not in this history.
-        return min(head.base, self._run.starts[head.base_incarnation])
+        # What came after it in that life is not in this history, nor what a later one lost.
+        return min(head.base, *self._run.starts[head.base_incarnation :])
 
     # --------------------------------------------------------------- receiving
 
@@ -244,6 +253,8 @@ class SessionPushes:
             if self._run.admission.outstanding(ticket.number) is None:
                 self._run.admission.unwanted(ticket.number, ticket.worker)
                 return self._stale(head)  # the dial was turned, or it took too long
+            if self._run.is_done or self._run.state_override is not None:
+                raise _over()
             if error:
                 self._run.figures.malformed_count += 1
                 reply = self._reply(head, pb.OUTCOME_REJECTED, message=error)

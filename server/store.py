@@ -247,7 +247,11 @@ class Store:
         self._check(leaves, _loss_array(loss))
 
     def step(self, contributions: Sequence[Contribution]) -> Step:
-        """Put an update together from its gradients, in the order of their batches."""
+        """Put an update together from its gradients, in the order of their batches.
+
+        Raises:
+          NotNext: A session's push, which since it came has become one that may be a repeat.
+        """
         before = self.current
         split = self.tree.split
         if contributions[0].push is not None:
@@ -281,6 +285,7 @@ class Store:
     def _session_step(self, contribution: Contribution, push: PushId) -> Step:
         """The state stays as it is: the program that pushed knows of no batch that made another."""
         before = self.current
+        before.sessions.check(push)
         params, state, _ = self.tree.split(before.leaves)
         pushed = self._unpack_trained(contribution.gradient)
         leaves, loss = combine([pushed], [contribution], params, before.settings.staleness)

@@ -22,7 +22,8 @@ from headwater.server.dial import Dial
 from headwater.server.history import History
 from headwater.server.journal import Journal
 from headwater.server.pace import Tallies
-from headwater.server.pushers import SessionPush
+from headwater.server.push_sessions import NotNext
+from headwater.server.pushers import SessionPush, disk_failed, forgotten
 from headwater.server.refusals import Verdict
 from headwater.server.roster import Member
 from headwater.server.run_state import Run
@@ -290,6 +291,11 @@ class Updates:
             reply = self._session_reply(pb.OUTCOME_REJECTED, message=text)
             reply.rejected_for = pb.REJECTED_FOR_NOT_FINITE
             push.tell(reply)
+        elif isinstance(result, NotNext):
+            push.tell(forgotten())
+        elif isinstance(result, LogBroken):
+            push.tell(disk_failed())
+            self._log_failed(str(result))
         elif isinstance(result, Exception):
             push.tell(Refused(Reason.RUN_OVER, "the update could not be made"))
             self._failed(result, f"the update of version {run.current.version + 1} failed")

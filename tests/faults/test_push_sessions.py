@@ -14,6 +14,9 @@ import pytest
 from headwater.client.client import Client
 from headwater.examples import numpy_worker
 from headwater.protos.errors import Refused
+from kit import counting
+from kit.disk import set_faults
+from kit.lives import Lives
 from kit.processes import run
 from kit.proxy import Cut, Proxy
 from kit.served import COUNTING, ServedLives, program
@@ -54,6 +57,28 @@ class Pusher(threading.Thread):
         if self.error is not None:
             raise self.error
         return self.applied - self.lost
+
+
+def test_a_push_that_a_failing_disk_kept_all_the_same_counts_once(tmp_path: Path) -> None:
+    control = tmp_path / "faults"
+    set_faults(control)
+    options = [*counting.options(examples=4), "--task-option", f"faults={control}"]
+    with Lives(tmp_path, options, ["--durability", "log"]) as lives:
+        lives.start()
+        with Client(lives.address) as client, client.train() as session:
+            weights = session.pull()
+            gradient = {name: np.full_like(array, -1) for name, array in weights.items()}
+            assert session.push(gradient).applied
+            set_faults(control, {"operation": "sync", "files": "updates-*", "error": "EIO"})
+            outcomes = []
+            pushing = threading.Thread(target=lambda: outcomes.append(session.push(gradient)))
+            pushing.start()
+            assert lives.command.wait(30) == 1
+            set_faults(control)
+            lives.start()
+            pushing.join(60)
+            assert [outcome.applied for outcome in outcomes] == [True]
+            np.testing.assert_array_equal(session.pull()["count"], weights["count"] + 2)
 
 
 @pytest.mark.timeout(600)

@@ -14,12 +14,16 @@ import pytest
 from headwater import Server
 from headwater.client.client import Client
 from headwater.client.push_session import PushSession
+from headwater.client.weights import Weights
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos import rpc
 from headwater.protos.errors import Reason, Refused, Unreachable, UsageError
 from headwater.protos.layout import Layout
 from headwater.protos.wire import PART_BYTES, frame
 from headwater.server import push_sessions
+from headwater.worker.link import Patience
+from headwater.worker.load import LoadedTask
+from headwater.worker.loop import Worker
 from kit import counting, stateful
 from kit.processes import run
 from kit.served import COUNTING, ServedLives
@@ -91,9 +95,10 @@ def test_what_is_kept_is_bounded(client: Client) -> None:
         session.pull()
         first = session.push(ones())
         assert session.kept_count == 1
-        second = session.push(ones())  # that is too much: the server writes a snapshot
-        assert session.kept_count == 0
-        assert client.status()["durable_version"] >= (second.version or 0) > (first.version or 0)
+        second = session.push(ones())  # both are too much: the first is made durable before
+        assert session.kept_count == 1
+        assert client.status()["durable_version"] >= (first.version or 0)
+        assert (second.version or 0) > (first.version or 0)
 
 
 def test_programs_wait_for_the_servers_memory(tmp_path: Path) -> None:
@@ -195,6 +200,39 @@ def test_a_gradient_of_other_arrays_is_wrong_usage(
         session.push(gradient)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"loss": "low"}, "loss is a number, not 'low'"),
+        ({"loss": np.zeros(2)}, "loss is a number"),
+        ({"examples": -1}, "examples is a whole number from 0 on, not -1"),
+        ({"examples": 2.0}, "examples is a whole number from 0 on, not 2.0"),
+    ],
+)
+def test_what_is_wrong_beside_the_gradient_is_not_kept(
+    wrong: dict[str, Any], message: str, session: PushSession
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        session.push(ones(), **wrong)
+    assert session.kept_count == 0
+    assert session.push(ones(), loss=np.array(1.5), examples=np.int64(3)).applied
+
+
+def test_weights_of_another_run_or_of_the_future_are_no_base(session: PushSession) -> None:
+    weights = session.pull()
+
+    def other(**changed: Any) -> Weights:
+        named = {k: getattr(weights, k) for k in ("run_id", "incarnation", "version", "epoch")}
+        return Weights(weights, **{**named, **changed})
+
+    with pytest.raises(UsageError, match="`at` is of run another"):
+        session.push(ones(), at=other(run_id="another"))
+    with pytest.raises(Refused, match="has never been made") as refused:
+        session.push(ones(), at=other(version=weights.version + 5))
+    assert refused.value.reason is Reason.FUTURE_VERSION
+    assert session.push(ones(), at=weights).applied
+
+
 def test_weights_are_pulled_first(client: Client) -> None:
     with (
         client.train() as session,
@@ -222,8 +260,14 @@ class Bare:
         self.stub = rpc.Stub(rpc.connect(address))
         with Client(address) as client:
             weights = client.pull()
-        shapes = [(n, a.dtype, a.shape) for n, a in weights.items()]
-        layout = Layout.of(shapes[:1], constants=shapes[1:])
+        trained = {n: a for n, a in weights.items() if a.dtype.kind == "f"}
+        layout = Layout.of(
+            [(n, a.dtype, a.shape) for n, a in trained.items()],
+            constants=[(n, a.dtype, a.shape) for n, a in weights.items() if n not in trained],
+        )
+        buffer = layout.trained.empty()
+        layout.trained.pack([np.full_like(a, -1) for a in trained.values()], buffer)
+        self.data = buffer.tobytes()
         self.fields: dict[str, Any] = {
             "session": session,
             "opened_version": weights.version,
@@ -238,18 +282,39 @@ class Bare:
 
     def push(self, *parts: bytes, **changed: Any) -> pb.SessionReply:
         self.attempt += 1
-        data = np.full(SIZE, -1, np.float32).tobytes()
-        parts = parts or (data[:PART_BYTES], data[PART_BYTES:])
-        head = pb.SessionPush(**{**self.fields, "attempt": self.attempt, **changed})
-        messages = [frame(head, parts[0]), *(frame(pb.SessionPush(), part) for part in parts[1:])]
+        if not parts:
+            size = len(self.data)
+            parts = tuple(self.data[at : at + PART_BYTES] for at in range(0, size, PART_BYTES))
+        messages = [self._first(parts[0], **changed)]
+        messages += [frame(pb.SessionPush(), part) for part in parts[1:]]
         reply: pb.SessionReply = self.stub.PushGradient(iter(messages), timeout=30)
         return reply
+
+    def begin(self, go_on: threading.Event, **changed: Any) -> Any:
+        """The call of a push whose second half comes when it is told to, and its reply."""
+        self.attempt += 1
+        half = len(self.data) // 2
+        first = self._first(self.data[:half], **changed)
+
+        def halves() -> Iterator[bytes]:
+            yield first
+            go_on.wait(30)
+            yield frame(pb.SessionPush(), self.data[half:])
+
+        return self.stub.PushGradient.future(halves(), timeout=60)
+
+    def _first(self, part: bytes, **changed: Any) -> bytes:
+        head = pb.SessionPush(**{**self.fields, "attempt": self.attempt, **changed})
+        return frame(head, part)
 
     def refused(self, *parts: bytes, **changed: Any) -> str:
         with pytest.raises(grpc.RpcError) as error:
             self.push(*parts, **changed)
-        call: Any = error.value
-        return str(dict(call.trailing_metadata())["headwater-reason"])
+        return reason_of(error.value)
+
+
+def reason_of(error: Any) -> str:
+    return str(dict(error.trailing_metadata())["headwater-reason"])
 
 
 def test_a_repeat_is_answered_with_the_first_outcome_and_changes_nothing(
@@ -308,13 +373,7 @@ def test_a_stream_that_is_cut_gives_its_place_back(lives: ServedLives, client: C
     client.set({"consistency": "bounded:0"})  # room for one at a time
     bare, other = Bare(lives.address, 79), Bare(lives.address, 80)
     over = threading.Event()
-
-    def endless() -> Iterator[bytes]:
-        head = pb.SessionPush(**bare.fields, attempt=1)
-        yield frame(head, bytes(PART_BYTES))
-        over.wait(30)
-
-    call = bare.stub.PushGradient.future(endless())
+    call = bare.begin(over)
     try:
         # Until it has come, the other's push would be the first, and the stream's too late.
         wait_for(lambda: pushing(client) == 1, "the stream has the place")
@@ -346,6 +405,65 @@ def test_a_session_that_was_forgotten_is_refused(
         assert refused.value.reason is Reason.SESSION_FORGOTTEN
         a._kept.clear()  # it is lost; nothing to wait for at the end
         assert client.pull().version == 3
+
+
+@pytest.mark.parametrize("durability", ["snapshot", "log"])
+def test_a_session_that_is_forgotten_while_it_pushes_is_refused_and_the_run_goes_on(
+    durability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push_sessions.PushSessions.add, "__defaults__", (2,))
+    task, go_on = counting.task(examples=4), threading.Event()
+    options = {"run_dir": tmp_path / "run", "durability": durability}
+    with Server(task, **options) as server, Client(server.address) as client:
+        a, b, c = (Bare(server.address, session) for session in (1, 2, 3))
+        for bare in (a, b):
+            assert bare.push().code == pb.OUTCOME_APPLIED
+        call = a.begin(go_on, sequence=2)
+        wait_for(lambda: pushing(client) == 1, "it has come to half")
+        assert c.push().code == pb.OUTCOME_APPLIED  # which takes the place of a
+        go_on.set()
+        with pytest.raises(grpc.RpcError) as error:
+            call.result()
+        assert reason_of(error.value) == "SESSION_FORGOTTEN"
+        assert b.push(sequence=2).code == pb.OUTCOME_APPLIED
+    with Server(task, **options) as server, Client(server.address) as client:
+        weights = client.pull()
+        assert weights.version == 4
+        np.testing.assert_array_equal(weights["count"], 4)
+
+
+def test_what_comes_whole_after_the_end_is_told_so(tmp_path: Path) -> None:
+    task, go_on = counting.task(examples=4, batch_size=4, epochs=1), threading.Event()
+    with (
+        Server(task, name="counting", run_dir=tmp_path / "run") as server,
+        Client(server.address) as client,
+    ):
+        bare = Bare(server.address, 1)
+        call = bare.begin(go_on)
+        wait_for(lambda: pushing(client) == 1, "it has come to half")
+        loaded = LoadedTask(task, "counting", {}, "")
+        Worker(loaded, server.address, Patience(server.address, 30)).run()
+        wait_for(lambda: client.status()["state"] == "finished", "the run is over")
+        go_on.set()
+        with pytest.raises(grpc.RpcError) as error:
+            call.result()
+        assert reason_of(error.value) == "RUN_OVER"
+        np.testing.assert_array_equal(client.pull()["count"], 1)
+
+
+def test_a_call_in_which_nothing_comes_is_given_up(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def silent() -> Iterator[bytes]:
+        over.wait(30)
+        yield from ()
+
+    with Server(counting.task(4), run_dir=tmp_path / "run", session_timeout_s=0.5) as server:
+        call = rpc.Stub(rpc.connect(server.address)).PushGradient.future(silent())
+        with pytest.raises(grpc.RpcError) as error:
+            call.result(timeout=20)
+        over.set()
+    assert reason_of(error.value) == "SILENT"
 
 
 def test_a_session_leaves_state_beside_the_parameters_as_it_is(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.server.push_sessions import PushId, PushSessions, Verdict
+from headwater.server.push_sessions import NotNext, PushId, PushSessions, Verdict
 
 LIMIT = 2
 """Sessions remembered in these tests, so that many are forgotten."""
@@ -53,7 +53,7 @@ class History:
             if table.judge(push) is Verdict.NEXT:
                 self.versions.append((table.add(push, version, 0, LIMIT), (*pushes, push)))
             else:
-                with pytest.raises(ValueError, match="push"):
+                with pytest.raises(NotNext, match="push"):
                     table.add(push, version, 0, LIMIT)
 
 
