@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -430,6 +431,31 @@ def test_a_session_that_is_forgotten_while_it_pushes_is_refused_and_the_run_goes
         weights = client.pull()
         assert weights.version == 4
         np.testing.assert_array_equal(weights["count"], 4)
+
+
+def test_a_base_is_of_no_later_version_than_all_lives_since_had_of_it(tmp_path: Path) -> None:
+    task, folder = counting.task(examples=4), tmp_path / "run"
+
+    def push(times: int) -> Bare:
+        """In a life of its own; returns another session, of its last version."""
+        with Server(task, run_dir=folder) as server:
+            bare = Bare(server.address, secrets.randbits(60) + 1)
+            for at in range(times):
+                assert bare.push(sequence=at + 1).code == pb.OUTCOME_APPLIED
+            return Bare(server.address, 7)
+
+    push(2)
+    late = push(4)
+    push(0)
+    (folder / f"snapshot-{6:020}.safetensors").write_bytes(b"damaged")
+    with Server(task, run_dir=folder, staleness="scale") as server:
+        assert server.published.version == 2
+        bare = Bare(server.address, 8)
+        for at in range(3):
+            bare.push(sequence=at + 1)
+        late.stub = bare.stub
+        reply = late.push(incarnation=4)
+        assert (reply.code, reply.version, reply.staleness) == (pb.OUTCOME_APPLIED, 6, 3)
 
 
 def test_what_comes_whole_after_the_end_is_told_so(tmp_path: Path) -> None:
