@@ -17,6 +17,8 @@ class Evaluations:
 
     def __init__(self) -> None:
         self.newest: pb.EvaluationReport | None = None
+        self.needs_optimizer_state = False
+        """Whether the weights for evaluation are made from it."""
         self._kept: deque[tuple[int, Published]] = deque(maxlen=KEPT_EPOCHS)
         self._seen_time: float | None = None
         self._waiting = 0
@@ -40,7 +42,9 @@ class Evaluations:
 
     def keep(self, epoch: int, published: Published) -> None:
         """Have a version be there to be evaluated: the one that so many epochs ended with."""
-        self._kept.append((epoch, dataclasses.replace(published, optimizer_state=None)))
+        if not self.needs_optimizer_state:
+            published = dataclasses.replace(published, optimizer_state=None)
+        self._kept.append((epoch, published))
 
     def oldest(self, epoch: int) -> tuple[int, Published] | None:
         """Of the versions kept, the first with so many complete epochs, and how many it has."""

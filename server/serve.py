@@ -108,6 +108,7 @@ class Serving:
             pace=pace,
             starts=prepared.starts,
         )
+        self.run_state.evaluations.needs_optimizer_state = self._evaluated.differs
         self._coordinator = Coordinator(
             self.run_state,
             prepared.store,

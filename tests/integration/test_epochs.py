@@ -32,7 +32,7 @@ def training(folder: Path, *options: str) -> Iterator[str]:
 
 def ends_of_epochs(address: str) -> Iterator[tuple[Read, list[int]]]:
     """What an evaluator is sent that reports at once, and how often examples are in it."""
-    request = pb.PullRequest(evaluates=True, wait_s=30.0, min_epoch=1)
+    request = pb.PullRequest(evaluates=True, for_evaluation=True, wait_s=30.0, min_epoch=1)
     with contextlib.closing(Reader(address)) as reader:
         while True:
             read = reader.pull(request)
@@ -40,7 +40,7 @@ def ends_of_epochs(address: str) -> Iterator[tuple[Read, list[int]]]:
             assert weights is not None
             names = [tensor.name for tensor in weights.layout.tensors]
             counts = weights.leaves[names.index("count")]
-            yield read, sorted({int(count) for count in counts})
+            yield read, sorted({round(float(count)) for count in counts})
             report = pb.EvaluationReport(
                 incarnation=read.stamp.incarnation, version=weights.version, metrics={"seen": 1.0}
             )
@@ -50,8 +50,11 @@ def ends_of_epochs(address: str) -> Iterator[tuple[Read, list[int]]]:
             request.min_epoch = read.epoch + 1
 
 
-def test_with_a_barrier_an_evaluator_is_sent_what_each_epoch_ended_with(tmp_path: Path) -> None:
-    with training(tmp_path, "--epoch-barrier") as address:
+@pytest.mark.parametrize("average", [(), ("--ema", "1e-6")], ids=["newest", "average"])
+def test_with_a_barrier_an_evaluator_is_sent_what_each_epoch_ended_with(
+    average: tuple[str, ...], tmp_path: Path
+) -> None:
+    with training(tmp_path, "--epoch-barrier", *average) as address:
         for read, counts in ends_of_epochs(address):
             assert read.weights is not None
             assert read.weights.version == PER_EPOCH * read.epoch
