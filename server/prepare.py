@@ -187,7 +187,7 @@ def _prepare(
         evaluation=evaluation,
         snapshot_version=snapshots.versions()[-1],
         is_saved=recovered.is_saved,
-        warnings=recovered.warnings,
+        warnings=(*recovered.warnings, *_unjudged(loaded, config)),
         awaits_evaluation=config.await_evaluation and task.evaluate is not None,
     )
 
@@ -422,3 +422,15 @@ def _check_port_is_free(listen: str) -> None:
             probe.bind((host, port))
         except OSError:
             raise PortTaken(listen) from None
+
+
+def _unjudged(loaded: LoadedTask, config: ServerConfig) -> list[str]:
+    """What is to be said of rules that no evaluation of this run's own will meet."""
+    if not config.early_stop() or loaded.task.evaluate is not None or loaded.arrays is not None:
+        return []
+    text = (
+        "--stop-when and --patience go by evaluations, and the task has no `evaluate`: unless "
+        "another program reports some, the run goes on to its end"
+    )
+    log.warning("%s", text)
+    return [text]

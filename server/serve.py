@@ -384,12 +384,15 @@ class Serving:
         """End the run where the evaluation is as --stop-when or --patience has it."""
         if self.run_state.is_done or self._is_good_enough.is_set():
             return
-        for metric in self._early_stop.missing(metrics):
-            log.warning(
-                "the evaluation has no %r, which --stop-when or --patience goes by; it has %s",
-                metric,
-                ", ".join(sorted(metrics)),
+        problems = self.run_state.problems
+        problems.pop("early stop", None)
+        if missing := self._early_stop.missing(metrics):
+            names, known = " and no ".join(map(repr, missing)), ", ".join(sorted(metrics))
+            problems["early stop"] = (
+                f"the evaluation has no {names}, which --stop-when or --patience goes by; it has "
+                f"{known or 'nothing'}"
             )
+            log.warning("%s", problems["early stop"])
         if reason := self._early_stop.add(version, metrics):
             log.info("the run is over: %s", reason)
             self._log("early stop", {"version": version, "reason": reason})

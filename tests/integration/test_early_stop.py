@@ -16,6 +16,14 @@ from kit.waiting import wait_for
 ENDLESS = counting.options(examples=1024, epochs=100_000)
 
 
+NOT_EVALUATED = """
+import jax.numpy as jnp, numpy as np
+from headwater import ArrayData, Task
+task = Task(init=lambda key: {"w": jnp.zeros(2)}, loss=lambda params, batch, key: params["w"].sum(),
+            data=ArrayData(x=np.arange(64)), optimizer="sgd(1e-3)", epochs=2)
+"""
+
+
 def report(client: Client, **metrics: float) -> int:
     """Evaluate the newest version."""
     weights = client.pull()
@@ -72,7 +80,21 @@ def test_a_metric_that_is_not_evaluated_is_said(tmp_path: Path) -> None:
         with Client(lives.address) as client:
             report(client, accuracy=0.95)
             assert client.status()["state"] == "waiting"
+            begun, problem = client.status()["problems"]
+            assert begun.startswith("--stop-when and --patience go by evaluations, and the task")
+            assert "no 'acuracy', which --stop-when" in problem
+            assert problem.endswith("it has accuracy")
+            report(client, acuracy=0.5)
+            assert client.status()["problems"] == [begun]
         wait_for(lambda: "the evaluation has no 'acuracy'" in server.errors, "the warning")
+
+
+def test_a_rule_for_a_task_without_evaluate_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(NOT_EVALUATED)
+    done = run("run", "--task", "task.py", "--workers", "1", "--patience", "loss:3", *FREE_PORT,
+               cwd=tmp_path)  # fmt: skip
+    assert done.status == 0, done.errors
+    assert "warning: --stop-when and --patience go by evaluations, and the task has" in done.output
 
 
 def test_a_rule_of_another_form_is_refused_before_the_run_begins(tmp_path: Path) -> None:
