@@ -39,7 +39,10 @@ def test_the_first_evaluation_that_is_good_enough_ends_the_run(exits: bool, tmp_
         words = ("worker", "--task", counting.__file__, "--server", lives.address, *ENDLESS)
         with Command(*words, cwd=tmp_path) as worker, Client(lives.address) as client:
             wait_for(lambda: report(client, accuracy=0.5) > 20, "versions")
-            assert client.status()["state"] == "training"
+            status = client.status()
+            assert status["state"] == "training"
+            # A second evaluation of one version says nothing.
+            wait_for(lambda: client.status()["version"] > status["version"], "a newer version")
             report(client, accuracy=0.95)
             assert worker.wait(30) == 0, worker.errors
             if exits:
