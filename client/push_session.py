@@ -427,6 +427,9 @@ def _packed(layout: Layout, gradient: Mapping[str, Any]) -> Bytes:
     Raises:
       UsageError: A name is missing or unknown, or an array does not fit; names it.
     """
+    if not isinstance(gradient, Mapping):
+        kind = type(gradient).__name__
+        raise UsageError(f"push: a gradient is a dict of arrays by name, not of type {kind}")
     names = [spec.name for spec in layout.tensors]
     missing, unknown = set(names) - gradient.keys(), gradient.keys() - set(names)
     if missing or unknown:

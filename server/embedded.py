@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from headwater.protos.errors import HeadwaterError
+from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.server.config import ServerConfig
 from headwater.server.pace import Pace
 from headwater.server.prepare import prepare
@@ -43,6 +44,12 @@ class Server:
         self, task: Task, *, name: str = "task", pace: Pace | None = None, **options: Any
     ) -> None:
         self._pace = pace
+        known = {field.name for field in dataclasses.fields(ServerConfig)}
+        if unknown := options.keys() - known:
+            from headwater.server.keywords import meant
+
+            name = min(unknown)
+            raise UsageError(f"Server takes no {name!r}{meant(name, known)}")
         config = ServerConfig(**{"listen": "127.0.0.1:0", **options})
         self._prepared = prepare(LoadedTask(task, name, {}, ""), config)
         self.address = ""

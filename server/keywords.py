@@ -53,7 +53,7 @@ def read_keywords(caller: str, given: Mapping[str, Any], others: Collection[str]
     words, fields = [], {}
     for name, value in given.items():
         if name not in options:
-            raise UsageError(f"{caller} takes no {name!r}{_meant(name, [*options, *others])}")
+            raise UsageError(f"{caller} takes no {name!r}{meant(name, [*options, *others])}")
         flag = options[name].opts[0]
         if options[name].is_flag:
             if value not in (True, False, None):
@@ -77,7 +77,7 @@ def read_keywords(caller: str, given: Mapping[str, Any], others: Collection[str]
     return Keywords(words, fields)
 
 
-def _meant(name: str, known: Collection[str]) -> str:
+def meant(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, 1)
     if close:
         return f"; did you mean {close[0]!r}?"

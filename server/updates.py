@@ -423,7 +423,7 @@ class Updates:
         elif verdict is Verdict.QUARANTINE and not run.able():
             run.finish(
                 f"every worker computed gradients that are not finite, {member.name} last: {text}. "
-                "The weights have probably diverged: lower the learning rate"
+                + _why_not_finite(run.current.version)
             )
 
     # ------------------------------------------------------------- made durable
@@ -488,3 +488,12 @@ def _on_loop(method: Callable[P, None]) -> Callable[P, None]:
 def _bounded(push: pb.Push, limit: int = 64) -> dict[str, float]:
     """A push's metrics, not more than can be shown."""
     return dict(sorted(push.metrics.items())[:limit])
+
+
+def _why_not_finite(version: int) -> str:
+    if not version:
+        return (
+            "These are the initial weights: look for what is not finite in the data, in "
+            "Task.init or in the loss; `headwater check` computes one gradient"
+        )
+    return "The weights have probably diverged: lower the learning rate"

@@ -188,6 +188,8 @@ def test_sync_mode_refuses_sessions(client: Client, session: PushSession) -> Non
 @pytest.mark.parametrize(
     ("gradient", "message"),
     [
+        (None, "a gradient is a dict of arrays by name, not of type NoneType"),
+        ([1, 2], "not of type list"),
         ({}, r"missing \['total'\], unknown \[\]"),
         ({**ones(), "frozen": np.array([1])}, r"missing \[\], unknown \['frozen'\]"),
         ({"total": np.zeros(3)}, r"total is float64\[3\], the parameter is float32\[300000\]"),
@@ -195,7 +197,7 @@ def test_sync_mode_refuses_sessions(client: Client, session: PushSession) -> Non
     ],
 )
 def test_a_gradient_of_other_arrays_is_wrong_usage(
-    gradient: dict[str, Any], message: str, session: PushSession
+    gradient: Any, message: str, session: PushSession
 ) -> None:
     with pytest.raises(UsageError, match=message):
         session.push(gradient)

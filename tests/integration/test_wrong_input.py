@@ -787,17 +787,23 @@ def test_a_batch_refused_three_times_by_the_only_worker_ends_the_run(start) -> N
     assert "batch 0 of epoch 0" in run.server.wait(20).message
 
 
-def test_when_nobody_is_left_who_computes_finite_gradients_the_run_ends(start) -> None:
+@pytest.mark.parametrize(
+    ("updates", "remedy"),
+    [(0, "initial weights: look for what is not finite in the data"), (1, "the learning rate")],
+)
+def test_when_nobody_is_left_who_computes_finite_gradients_the_run_ends(
+    updates: int, remedy: str, start
+) -> None:
     run = start()
     worker = run.joined("alice")
-    for ticket in worker.tickets():
-        push_nan(worker, ticket)
+    for at, ticket in enumerate(worker.tickets()):
+        (train if at < updates else push_nan)(worker, ticket)
 
     assert worker.bye().reason == pb.BYE_FAILED
     ended = run.server.wait(20)
-    assert (ended.state, ended.version) == (pb.RUN_FAILED, 0)
+    assert (ended.state, ended.version) == (pb.RUN_FAILED, updates)
     assert "alice" in ended.message
-    assert "learning rate" in ended.message
+    assert remedy in ended.message
 
 
 def test_a_poisoned_gradient_of_a_worker_that_has_vanished_goes_back_too(run: Run) -> None:

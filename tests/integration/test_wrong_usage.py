@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from headwater import __version__
+from headwater import Server, __version__
 from headwater.client.main import PROCESSES
 from headwater.client.processes import free_address
+from headwater.protos.errors import UsageError
+from kit import counting
 from kit.commands import (
     PACED,
     PLAIN,
@@ -142,6 +144,11 @@ def test_a_wrong_flag_of_the_server_is_one_line(options: str, folder: Path) -> N
     finished = run("server", "--task", "paced.py", *FREE_PORT, *options.split(), cwd=folder)
     assert_fails(finished, 2, f"headwater server: error: {WRONG_FLAGS[options]}")
     assert not (folder / "runs").exists()
+
+
+def test_a_mistyped_option_of_a_server_in_this_process_is_named() -> None:
+    with pytest.raises(UsageError, match=r"Server takes no 'epoch'; did you mean 'epochs'\?"):
+        Server(counting.task(4), epoch=2)
 
 
 def test_a_batch_larger_than_the_data_is_refused_when_short_ones_are_dropped(
