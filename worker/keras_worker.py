@@ -35,7 +35,7 @@ from headwater.client.client import Client
 from headwater.client.crew import Crew
 from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
 from headwater.client.weights import Weights
-from headwater.protos.errors import Unreachable, UsageError
+from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
 from headwater.server.embedded import Server
 from headwater.server.here import GRACE_S, PATIENCE_S
 from headwater.server.keras_optimizer import KerasOptimizer
@@ -275,9 +275,9 @@ def _join(
     model: keras.Model, variables: Variables, loaded: LoadedTask, address: str
 ) -> keras.callbacks.History:
     """Compute for the server at `address` until the run is over; then have its final weights."""
-    last = _LastWeights(address)
-    Worker(loaded, address, Patience(address, JOIN_TIMEOUT_S)).run()
-    weights = last.get()
+    with contextlib.closing(_LastWeights(address)) as last:
+        Worker(loaded, address, Patience(address, JOIN_TIMEOUT_S)).run()
+        weights = last.get()
     names = [*variables.trained, *(name for name, _ in variables.others)]
     own = [*model.trainable_variables, *model.non_trainable_variables]
     for name, variable in zip(names, own, strict=True):
@@ -293,37 +293,53 @@ class _LastWeights:
     """Waits for a run's last version, from the start: later the server may have gone."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self._client = Client(address)
+        self._is_closed = False
         self._found: Weights | None = None
         self._thread = threading.Thread(target=self._wait, name="headwater-last", daemon=True)
         self._thread.start()
 
     def get(self) -> Weights:
-        """What came.
+        """What came, once the run is over.
 
         Raises:
-          Unreachable: The server ended without a word.
+          Unreachable: The server ended without a word, or they were too long in coming.
         """
         self._thread.join(LAST_TIMEOUT_S)
         if self._found is None:
             raise Unreachable(
-                f"the server at {self._address} ended without its last weights; they are in its "
-                "run directory"
+                f"the server at {self._client.address} ended without its last weights; they are "
+                "in its run directory"
             )
         return self._found
 
+    def close(self) -> None:
+        """Wait no longer."""
+        self._is_closed = True
+        self._client.close()
+
     def _wait(self) -> None:
         end = time.monotonic() + JOIN_TIMEOUT_S
-        with Client(self._address) as client:
-            while True:
+        with self._client:
+            while not self._is_closed and time.monotonic() < end:
                 try:
-                    for weights in client.subscribe(every=_FAR):
-                        self._found = weights
+                    self._found = self._last()
                     return
                 except Unreachable:  # there may be none yet
-                    if self._found is not None or time.monotonic() > end:
-                        return
                     time.sleep(0.2)
+                except (HeadwaterError, ValueError) as error:  # ValueError: gRPC's, when closed
+                    if not self._is_closed:
+                        log.warning("the last weights will not come: %s", error)
+                    return
+
+    def _last(self) -> Weights | None:
+        """None where they are not waited for any longer."""
+        newest = None
+        for weights in self._client.subscribe(every=_FAR):
+            if self._is_closed:
+                return None
+            newest = weights  # at first those of now, which end nothing
+        return newest
 
 
 # -------------------------------------------------------------------- checking

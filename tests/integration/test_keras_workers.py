@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,8 +22,16 @@ import pytest
 from keras import layers
 
 from headwater.client.processes import free_address
-from headwater.protos.errors import RunFailed
+from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos.errors import RunFailed, Unreachable
+from headwater.protos.reading import Read, Reader
+from headwater.server.embedded import Server
+from headwater.worker import keras_worker
 from headwater.worker.keras_worker import ParameterServerStrategy
+from headwater.worker.link import Patience
+from headwater.worker.load import LoadedTask
+from headwater.worker.loop import Worker
+from kit import counting
 from kit.waiting import wait_for
 
 pytestmark = pytest.mark.filterwarnings(
@@ -175,6 +184,38 @@ def test_the_same_program_elsewhere_is_a_further_worker_and_gets_the_weights() -
     assert found[0]["updates"] == len(found[0]["epochs"]) * STEPS
     assert found[0]["kernel"] == found[1]["kernel"]
     assert found[1]["epochs"] == []
+
+
+def test_weights_from_within_a_run_are_not_taken_for_its_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    came: list[Read] = []
+
+    def pull(reader: Reader, request: pb.PullRequest) -> Read:
+        came.append(whole(reader, request))
+        return came[-1]
+
+    whole = Reader.pull
+    monkeypatch.setattr(Reader, "pull", pull)
+    monkeypatch.setattr(keras_worker, "LAST_TIMEOUT_S", 0.1)
+    with Server(counting.task(examples=8, batch_size=1)) as server:
+        with contextlib.closing(keras_worker._LastWeights(server.address)) as last:
+            wait_for(lambda: came, "the weights of now")
+            with pytest.raises(Unreachable, match="ended without its last weights"):
+                last.get()
+        wait_for(lambda: not last._thread.is_alive(), "it waits no longer")
+
+
+def test_the_last_weights_are_waited_for_from_before_the_server_is_there() -> None:
+    address = free_address("127.0.0.1")
+    task = counting.task(examples=8, batch_size=1, epochs=2)
+    with (
+        contextlib.closing(keras_worker._LastWeights(address)) as last,
+        Server(task, listen=address) as server,
+    ):
+        Worker(LoadedTask(task, "task", {}, ""), address, Patience(address, 10)).run()
+        assert server.published.version == 16
+        assert last.get().version == 16
 
 
 def test_a_program_that_was_killed_goes_on_in_its_run_directory() -> None:
