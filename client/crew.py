@@ -43,7 +43,7 @@ class Crew:
         logs: Path,
     ) -> None:
         self._children: list[Child] = []
-        self._gone: set[str] = set()
+        self._failed: list[Child] = []  # in the order in which it was seen
         logs.mkdir(exist_ok=True)
         with contextlib.ExitStack() as opened:
             opened.callback(self._end)
@@ -75,14 +75,17 @@ class Crew:
         """Warn of workers that failed.
 
         Raises:
-          HeadwaterError: All of them did; with what the last one said.
+          HeadwaterError: None is left, and some failed; with what the last of those said. At
+            every look from then on: who gets by without them now may not later.
         """
+        is_over = all(child.status is not None for child in self._children)
         for child in self._children:
-            if child.status not in (None, 0) and child.name not in self._gone:
-                self._gone.add(child.name)
-                if len(self._gone) == len(self._children):
-                    raise failure(child)
-                log.warning("%s %s; the others go on", child.name, child.ending)
+            if child.status not in (None, 0) and child not in self._failed:
+                self._failed.append(child)
+                if not is_over:
+                    log.warning("%s %s; the others go on", child.name, child.ending)
+        if is_over and self._failed:
+            raise failure(self._failed[-1])
 
     def _end(self) -> None:
         # Those that the server has sent away are on their way out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +22,16 @@ from headwater.server.keras_optimizer import LEARNING_RATE
 from headwater.server.pace import Tallies
 from headwater.worker.keras_task import Variables
 
+log = logging.getLogger("headwater")
+
 POLL_S = 0.005
 """Between two looks for updates: each wakes this thread, in the process that makes them."""
 
 LOOK_S = 0.5
 """Between two looks at whether all are well."""
+
+_OF_SESSIONS = ("session", "pushing")
+"""States that push sessions have in the status, and no workers; see server/pushers.py."""
 
 
 class Steps:
@@ -76,6 +82,7 @@ class Steps:
         self._sums = [np.zeros(v.shape, np.float64) for v in self._metrics_at_first]
         self._results = jax.jit(self._results_of)
         self._looked_time = time.monotonic()
+        self._has_warned = False
 
     def take_up(self) -> None:
         """Have the model hold what the server has, of a run that is continued."""
@@ -193,9 +200,18 @@ class Steps:
             )  # fmt: skip
         try:
             self._look_at_workers()
-        except Exception:
-            if not self._client.status()["workers"]:  # nor from elsewhere
+        except Exception as error:
+            if not self._others_compute():
                 raise
+            if not self._has_warned:
+                self._has_warned = True
+                log.warning("%s; workers from elsewhere go on", error)
+
+    def _others_compute(self) -> bool:
+        """Whether there are workers from elsewhere; a push session takes no batches."""
+        return any(
+            worker["state"] not in _OF_SESSIONS for worker in self._client.status()["workers"]
+        )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from keras import layers
 
+from headwater.client.client import Client
 from headwater.client.processes import free_address
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import RunFailed, Unreachable
@@ -151,6 +152,25 @@ def test_a_run_whose_workers_are_all_gone_fails_and_the_model_has_its_weights() 
 
     assert 0 < model.evaluate(X, Y, verbose=0)[0] < 1
     assert workers() == []
+
+
+def test_a_push_session_is_no_worker_that_goes_on() -> None:
+    address = free_address("127.0.0.1")
+    model = ParameterServerStrategy(workers=1, listen=address).distribute(compiled())
+
+    def push_and_kill() -> None:
+        with Client(address) as client, client.train() as session:
+            weights = session.pull()
+            session.push(
+                {v.path: np.zeros_like(weights[v.path]) for v in model.trainable_variables}
+            )
+            assert "session" in {worker["state"] for worker in client.status()["workers"]}
+        workers()[0].kill()
+
+    kill = At(20, push_and_kill)
+
+    with pytest.raises(RunFailed, match=r"worker-1 was ended by SIGKILL"):
+        model.fit(X, Y, batch_size=4, verbose=0, callbacks=[kill])
 
 
 def test_what_a_layer_raises_in_a_worker_is_shown() -> None:
