@@ -41,6 +41,7 @@ from headwater.server.here import GRACE_S, PATIENCE_S
 from headwater.server.keras_optimizer import KerasOptimizer
 from headwater.server.keywords import read_keywords
 from headwater.server.pace import Pace, Tallies
+from headwater.server.run_dir import RunDir
 from headwater.worker import handed
 from headwater.worker.keras_data import KerasBatches, training_data
 from headwater.worker.keras_steps import Steps, overridden, with_report
@@ -93,8 +94,8 @@ class ParameterServerStrategy:
       name: What the run directory, runs/NAME-…, is called after; those who join must
         have the same.
       platform: Where the workers compute: cpu, gpu or tpu; by default JAX's own choice.
-      seed: Of each fit's order of examples and of its random layers; by default drawn
-        from NumPy, which `keras.utils.set_random_seed` seeds.
+      seed: Of each fit's order of examples and of its random layers; by default that of the
+        run that is continued, or drawn from NumPy, which `keras.utils.set_random_seed` seeds.
       options: Those of `headwater server`, with underscores: `consistency`, `run_dir`,
         `listen`, `durability`, …
 
@@ -193,7 +194,6 @@ class ParameterServerStrategy:
         self, model: keras.Model, variables: Variables, task: Task, given: dict[str, Any]
     ) -> keras.callbacks.History:
         applied: deque[Tallies | None] = deque()
-        seed = int(np.random.randint(2**31)) if self._seed is None else self._seed  # noqa: NPY002  (the one that Keras seeds)
         first = given["initial_epoch"]
         patient = {"ticket_timeout_s": PATIENCE_S, "compile_timeout_s": PATIENCE_S}
         server = Server(
@@ -203,7 +203,7 @@ class ParameterServerStrategy:
             **{"grace_s": GRACE_S, **({} if self._workers else patient), **self._fields},
             epochs=given["epochs"] - first,
             epoch_barrier=True,
-            seed=seed,
+            seed=self._run_seed(),
         )
         with contextlib.ExitStack() as opened:
             opened.enter_context(server)
@@ -223,6 +223,15 @@ class ParameterServerStrategy:
             given["callbacks"] = with_report(given["callbacks"], steps)
             with overridden(model, steps):
                 return keras.Model.fit(**given)
+
+    def _run_seed(self) -> int:
+        """As asked for; else that of the run to continue, or a new one."""
+        if self._seed is not None:
+            return self._seed
+        record = RunDir.recorded(self._fields.get("run_dir"))
+        if record is not None:
+            return record.seed
+        return int(np.random.randint(2**31))  # noqa: NPY002  (the one that Keras seeds)
 
     def _crew(self, server: Server, client: Client, task_file: int) -> Crew:
         in_sync = str(self._fields.get("consistency")).startswith("sync")

@@ -601,6 +601,20 @@ def test_fit_again() -> None:
     assert served.fit(X, Y, epochs=2, initial_epoch=2, verbose=0).history == {}
 
 
+def test_a_run_is_continued_whatever_numpy_draws_now() -> None:
+    def fitted(epochs: int, **options: Any) -> keras.callbacks.History:
+        keras.utils.clear_session(free_memory=False)  # as in a new program: layers' names
+        model = here(run_dir="run", **options).distribute(compiled(dense))
+        history = model.fit(X, Y, epochs=epochs, verbose=0)
+        assert int(model.optimizer.iterations.value) == epochs * 4
+        return history
+
+    assert fitted(1, seed=None).epoch == [0]
+    assert fitted(3, seed=None).epoch == [1, 2]
+    with pytest.raises(UsageError, match=r"seed: \d+ in the directory, 1 now"):
+        fitted(4, seed=1)
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     strategy = here()
     with strategy.scope():
