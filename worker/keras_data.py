@@ -20,17 +20,17 @@ def training_data(given: dict[str, Any]) -> KerasData | KerasBatches:
     Raises:
       UsageError: They cannot be indexed, or asked for in a way that has no place here.
     """
+    if given["steps_per_epoch"] is not None:
+        raise UsageError(
+            "fit: steps_per_epoch has no place: an epoch is all batches, each exactly once; pass "
+            "fewer examples, or a keras.utils.PyDataset of so many batches"
+        )
     if isinstance(given["x"], keras.utils.PyDataset):
         if given["class_weight"] is not None:
             raise UsageError("fit: class_weight goes with arrays; weigh the batches of a PyDataset")
         return KerasBatches(given["x"])
     if given["shuffle"] not in (True, False):
         raise UsageError(f"fit: shuffle is True or False, not {given['shuffle']!r}")
-    if given["steps_per_epoch"] is not None:
-        raise UsageError(
-            "fit: steps_per_epoch has no place: an epoch is all batches, each exactly once; pass "
-            "fewer examples, or a keras.utils.PyDataset of so many batches"
-        )
     data = KerasData(given["x"], given["y"], given["sample_weight"])
     if given["validation_split"] and given["validation_data"] is None:
         data = _split(data, given)

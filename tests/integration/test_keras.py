@@ -669,6 +669,7 @@ def generator() -> Any:
         (dense, {"steps_per_execution": 4}, {}, "steps_per_execution is 1"),
         (dense, {"run_eagerly": True}, {}, "run_eagerly=True is for a debugger"),
         (dense, {}, {"steps_per_epoch": 2}, "steps_per_epoch has no place"),
+        (dense, {}, {"x": Batches(6), "y": None, "steps_per_epoch": 2}, "steps_per_epoch has no"),
         (dense, {}, {"x": generator(), "y": None}, "x has a generator, which workers cannot index"),
         (dense, {}, {"x": X.tolist()}, "x has a float, which workers cannot index; give arrays"),
         (dense, {}, {"y": Y[:5]}, r"differ in length: \[5, 120\]"),
