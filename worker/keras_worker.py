@@ -141,6 +141,7 @@ class ParameterServerStrategy:
         self._name = name
         self._platform = platform
         self._seed = seed
+        self._has_trained = False
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
@@ -193,6 +194,12 @@ class ParameterServerStrategy:
     def _lead(
         self, model: keras.Model, variables: Variables, task: Task, given: dict[str, Any]
     ) -> keras.callbacks.History:
+        if self._has_trained and (folder := self._fields.get("run_dir")):
+            # It would go on with what is complete: train nothing, and undo what was done since.
+            raise UsageError(
+                f"fit: this strategy has trained the run in {folder}; make a new strategy, with "
+                "another run_dir for another run, or with the same one to go on with more epochs"
+            )
         applied: deque[Tallies | None] = deque()
         first = given["initial_epoch"]
         patient = {"ticket_timeout_s": PATIENCE_S, "compile_timeout_s": PATIENCE_S}
@@ -221,8 +228,15 @@ class ParameterServerStrategy:
             steps.take_up()
             given["initial_epoch"] = first + steps.epoch
             given["callbacks"] = with_report(given["callbacks"], steps)
+            if steps.epoch >= given["epochs"] - first:
+                log.warning(
+                    "fit: the run in %s is complete already; nothing is trained, and the model "
+                    "has its weights now", server.run_dir,
+                )  # fmt: skip
             with overridden(model, steps):
-                return keras.Model.fit(**given)
+                history = keras.Model.fit(**given)
+        self._has_trained = True
+        return history
 
     def _run_seed(self) -> int:
         """As asked for; else that of the run to continue, or a new one."""

@@ -615,6 +615,36 @@ def test_a_run_is_continued_whatever_numpy_draws_now() -> None:
         fitted(4, seed=1)
 
 
+def test_a_run_directory_is_for_one_fit_of_a_strategy() -> None:
+    strategy = here(run_dir="run")
+    model = strategy.distribute(compiled(dense))
+    with pytest.raises(UsageError, match="differ in length"):
+        model.fit(X, Y[:5], verbose=0)
+    model.fit(X, Y, verbose=0)
+    weights = np.ones((6, 8))
+    model.layers[0].kernel.assign(weights)
+
+    with pytest.raises(
+        UsageError, match="has trained the run in run; make a new strategy, with an"
+    ):
+        model.fit(X, Y, epochs=3, initial_epoch=1, verbose=0)
+
+    np.testing.assert_array_equal(model.layers[0].kernel.value, weights)
+
+
+def test_a_run_that_is_complete_is_not_trained_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = compiled(dense)
+    here(run_dir="run").distribute(model).fit(X, Y, verbose=0)
+    assert "complete already" not in caplog.text
+
+    history = here(run_dir="run").distribute(model).fit(X, Y, verbose=0)
+
+    assert history.epoch == []
+    assert "the run in run is complete already; nothing is trained" in caplog.text
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     strategy = here()
     with strategy.scope():
