@@ -158,6 +158,23 @@ class Coordinator:
 
     # ------------------------------------------------------------------ pushes
 
+    def check_tallies(self, member: Member, push: pb.Push) -> None:
+        """See that a push can be added up, by the program that leads the run.
+
+        Raises:
+          Refused: MALFORMED; not an outcome, since all of this worker's pushes are like it.
+        """
+        pace, count = self.run.pace, len(push.tallies)
+        if pace is None or count == pace.tally_count:
+            return
+        self.run.figures.malformed_count += 1
+        message = (
+            f"the push adds up {count} numbers, and the program that leads the run "
+            f"{pace.tally_count}; has the worker's script other metrics, in model.compile?"
+        )
+        log.warning("%s: push rejected: %s", member.name, message)
+        raise Refused(Reason.MALFORMED, message)
+
     def admit(self, member: Member, push: pb.Push) -> Ticket | None:
         """The ticket of a push that begins; None when it was answered with a refusal."""
         ticket = self.tickets.outstanding(member, push.token)

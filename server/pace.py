@@ -19,3 +19,6 @@ class Pace:
     on_batch: Callable[[int, Tallies | None], None]
     """(epoch, tallies): a push of this epoch was applied and is published; None: it was left
     out. Called on the server's event loop, so it must return at once."""
+
+    tally_count: int
+    """Of every push. A worker that sends another number has another task than this program."""

@@ -266,6 +266,7 @@ class Session:
     # ----------------------------------------------------------------- pushes
 
     def _begin_push(self, member: Member, push: pb.Push, body: memoryview | None) -> None:
+        self._coordinator.check_tallies(member, push)
         if self._incoming is not None:
             missing = self._coordinator.run.pushed.total_bytes - self._incoming.received
             self._reject(member, f"a new push began while {missing} bytes of the last were missing")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -206,7 +207,11 @@ class ParameterServerStrategy:
         server = Server(
             task,
             name=self._name,
-            pace=Pace(0, lambda _, tallies: applied.append(tallies)),
+            pace=Pace(
+                0,
+                lambda _, tallies: applied.append(tallies),
+                tally_count=sum(math.prod(v.shape) for v in model.metrics_variables),
+            ),
             **{"grace_s": GRACE_S, **({} if self._workers else patient), **self._fields},
             epochs=given["epochs"] - first,
             epoch_barrier=True,

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from headwater import Server, Task
+from headwater import Client, Server, Task
+from headwater.protos.errors import Reason, Refused
+from headwater.protos.rpc import Transport
 from headwater.server.pace import Pace, Tallies
 from headwater.worker.gradient import TALLIES
 from headwater.worker.link import Patience
@@ -61,7 +63,12 @@ def test_an_epoch_begins_when_it_is_allowed(consistency: str, tmp_path: Path) ->
         heard.append((epoch, None if tallies is None else list(tallies)))
 
     task = tallying(epochs=3)
-    server = Server(task, pace=Pace(0, on_batch), run_dir=tmp_path / "run", consistency=consistency)
+    server = Server(
+        task,
+        pace=Pace(0, on_batch, tally_count=2),
+        run_dir=tmp_path / "run",
+        consistency=consistency,
+    )
     with server, working(server, task):
         for allowed in range(4):
             server.allow_epochs(allowed)
@@ -71,3 +78,27 @@ def test_an_epoch_begins_when_it_is_allowed(consistency: str, tmp_path: Path) ->
     assert Counter(epoch for epoch, _ in heard) == dict.fromkeys(range(3), PER_EPOCH)
     sums = np.sum([tallies for _, tallies in heard], axis=0)
     np.testing.assert_array_equal(sums, [3 * 64, 3 * sum(range(64))])
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_worker_whose_pushes_cannot_be_added_up_is_refused(
+    transport: Transport, tmp_path: Path
+) -> None:
+    heard: list[int] = []
+    task = tallying(epochs=1)
+    pace = Pace(1, lambda epoch, _: heard.append(epoch), tally_count=3)
+    with (
+        Server(task, pace=pace, run_dir=tmp_path / "run") as server,
+        Client(server.address) as client,
+    ):
+        patience = Patience(server.address, 10)
+        loaded = LoadedTask(task, "task", {}, "")
+        other = Worker(loaded, server.address, patience, transport=transport)
+
+        with pytest.raises(Refused, match=r"adds up 2 numbers, and .* 3; has") as refused:
+            other.run()
+
+        assert refused.value.reason is Reason.MALFORMED
+        status = client.status()
+    assert status["rejected"]["malformed"] == 1
+    assert (status["version"], status["workers"], heard) == (0, [], [])
