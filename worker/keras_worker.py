@@ -37,6 +37,7 @@ from headwater.client.crew import Crew
 from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
 from headwater.client.weights import Weights
 from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
+from headwater.protos.rpc import Transport
 from headwater.server.embedded import Server
 from headwater.server.here import GRACE_S, PATIENCE_S
 from headwater.server.keras_optimizer import KerasOptimizer
@@ -94,7 +95,8 @@ class ParameterServerStrategy:
       workers: Processes to start here; 0 computes in a thread of this one, for a debugger.
       name: What the run directory, runs/NAME-…, is called after; those who join must
         have the same.
-      platform: Where the workers compute: cpu, gpu or tpu; by default JAX's own choice.
+      platform: Where the workers that are started compute: cpu, gpu or tpu; by default JAX's
+        own choice.
       seed: Of each fit's order of examples and of its random layers; by default that of the
         run that is continued, or drawn from NumPy, which `keras.utils.set_random_seed` seeds.
       options: Those of `headwater server`, with underscores: `consistency`, `run_dir`,
@@ -129,6 +131,12 @@ class ParameterServerStrategy:
         count = 2 if workers is None else workers
         if type(count) is not int or count < 0:
             raise UsageError(f"workers is a whole number from 0 on, not {count!r}")
+        if platform is not None and (server is not None or count == 0):
+            alone = "workers=0" if server is None else repr(server)
+            raise UsageError(
+                f"ParameterServerStrategy: with {alone} it is this process that computes; no "
+                "platform, but JAX's own choice, which the environment's JAX_PLATFORMS makes"
+            )
         if not re.fullmatch(NAME, name):
             raise UsageError(f"name is for a folder: letters, digits, - and _; not {name!r}")
         for option in options.keys() & _SAID_BY_FIT.keys():
@@ -142,6 +150,7 @@ class ParameterServerStrategy:
         self._name = name
         self._platform = platform
         self._seed = seed
+        self._transport: Transport = self._fields.get("transport", "auto")
         self._has_trained = False
 
     @contextlib.contextmanager
@@ -225,7 +234,7 @@ class ParameterServerStrategy:
                 crew = opened.enter_context(self._crew(server, client, file.fileno()))
                 look = crew.look
             else:
-                look = _Here(server, self._name, file.fileno()).look
+                look = _Here(server, self._name, file.fileno(), self._transport).look
             opened.callback(server.stop)  # the first to be called: it tells the workers to end
             if given["verbose"]:
                 print(_beginning(server, self._workers), file=sys.stderr)
@@ -256,7 +265,9 @@ class ParameterServerStrategy:
         in_sync = str(self._fields.get("consistency")).startswith("sync")
         share = {**share_of_cores(self._workers, in_sync=in_sync), "KERAS_BACKEND": "jax"}
         gpus = shares_of_gpus(self._workers, self._platform, log.warning)
-        options = [] if self._platform is None else ["--platform", self._platform]
+        options = ["--transport", self._transport]
+        if self._platform is not None:
+            options += ["--platform", self._platform]
         return Crew(
             [{**share, **gpu} for gpu in gpus],
             address=server.address,
@@ -276,10 +287,11 @@ def _beginning(server: Server, workers: int) -> str:
 class _Here:
     """A worker in a thread of this process, with a model of its own; ends with the server."""
 
-    def __init__(self, server: Server, name: str, task_file: int) -> None:
+    def __init__(self, server: Server, name: str, task_file: int, transport: Transport) -> None:
         task = handed.read(os.dup(task_file))
         patience = Patience(server.address, JOIN_TIMEOUT_S)
-        self._worker = Worker(LoadedTask(task, name, {}, ""), server.address, patience, name="here")
+        loaded = LoadedTask(task, name, {}, "")
+        self._worker = Worker(loaded, server.address, patience, name="here", transport=transport)
         self._error: Exception | None = None
         server.when_ended(self._worker.give_up)
         threading.Thread(target=self._run, name="headwater-worker", daemon=True).start()

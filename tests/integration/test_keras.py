@@ -754,6 +754,8 @@ def test_another_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         ((), {"consistancy": "async"}, "did you mean 'consistency'"),
         ((), {"consistency": "often"}, "consistency"),
         (("host:1",), {"workers": 2}, "joins a server that is there"),
+        (("host:1",), {"platform": "cpu"}, "with 'host:1' it is this process that computes"),
+        ((), {"workers": 0, "platform": "cpu"}, "with workers=0 it is this process that comp"),
     ],
 )
 def test_wrong_strategies(arguments: tuple[Any, ...], named: Mapping[str, Any], said: str) -> None:

@@ -173,6 +173,17 @@ def test_a_push_session_is_no_worker_that_goes_on() -> None:
         model.fit(X, Y, batch_size=4, verbose=0, callbacks=[kill])
 
 
+def test_workers_are_told_how_tensors_travel() -> None:
+    told: list[str] = []
+    look = At(1, lambda: told.extend(workers()[0].cmdline()))
+    model = ParameterServerStrategy(workers=1, transport="shm").distribute(compiled())
+
+    model.fit(X, Y, batch_size=4, verbose=0, callbacks=[look])
+
+    # With the server's alone, workers would go another way where that one is barred.
+    assert told[told.index("--transport") + 1] == "shm"
+
+
 def test_what_a_layer_raises_in_a_worker_is_shown() -> None:
     here = os.getpid()
 
