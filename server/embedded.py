@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -115,7 +116,8 @@ class Server:
     def allow_epochs(self, count: int) -> None:
         """Let so many epochs be begun; see `Pace`."""
         if self._loop is not None and self._serving is not None:
-            self._loop.call_soon_threadsafe(self._serving.allow_epochs, count)
+            with contextlib.suppress(RuntimeError):  # the server has ended, as `wait` tells
+                self._loop.call_soon_threadsafe(self._serving.allow_epochs, count)
 
     async def _run(self) -> None:
         try:

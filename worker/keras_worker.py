@@ -37,7 +37,7 @@ from headwater.client.crew import Crew
 from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
 from headwater.client.weights import Weights
 from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
-from headwater.protos.rpc import Transport
+from headwater.protos.rpc import Transport, split_address
 from headwater.server.embedded import Server
 from headwater.server.here import GRACE_S, PATIENCE_S
 from headwater.server.keras_optimizer import KerasOptimizer
@@ -64,23 +64,22 @@ LAST_TIMEOUT_S = 10.0
 _FAR = 1 << 48
 """Versions that no run makes."""
 
-_SAID_BY_FIT = {
-    "epochs": "epochs",
-    "batch_size": "batch_size",
-    "init": "the weights that the model has",
-    "optimizer": "compile(optimizer=…)",
-    "ema": "the optimizer's own use_ema",
-    "seed": "ParameterServerStrategy(seed=…)",
-    "stop_when": "a callback, such as keras.callbacks.EarlyStopping",
-    "patience": "a callback, such as keras.callbacks.EarlyStopping",
-    "epoch_barrier": "nothing: it is always on",
-    "await_evaluation": "validation_data",
-    "evaluation_timeout": "validation_data",
-    "exit_when_done": "nothing: the server ends with fit",
-    "local_steps": "nothing: each batch is an update",
-    "inner_optimizer": "nothing: each batch is an update",
+_ELSEWHERE = {
+    "epochs": "give it to fit",
+    "batch_size": "give it to fit",
+    "init": "a run begins with the weights that the model has",
+    "optimizer": "give it to compile",
+    "ema": "an optimizer of Keras has use_ema",
+    "stop_when": "give fit a callback, such as keras.callbacks.EarlyStopping",
+    "patience": "give fit a callback, such as keras.callbacks.EarlyStopping",
+    "epoch_barrier": "there always is one",
+    "await_evaluation": "give fit validation_data",
+    "evaluation_timeout": "give fit validation_data",
+    "exit_when_done": "the server always ends with fit",
+    "local_steps": "each batch is an update",
+    "inner_optimizer": "each batch is an update",
 }
-"""Options of `headwater server` that have no place here, and what says it instead."""
+"""Options of `headwater server` that have no place here, and what there is instead."""
 
 
 class ParameterServerStrategy:
@@ -139,10 +138,10 @@ class ParameterServerStrategy:
             )
         if not re.fullmatch(NAME, name):
             raise UsageError(f"name is for a folder: letters, digits, - and _; not {name!r}")
-        for option in options.keys() & _SAID_BY_FIT.keys():
-            raise UsageError(
-                f"ParameterServerStrategy takes no {option!r}: {_SAID_BY_FIT[option]} says that"
-            )
+        if server is not None:
+            split_address(server, "ParameterServerStrategy")
+        for option in sorted(options.keys() & _ELSEWHERE.keys()):
+            raise UsageError(f"ParameterServerStrategy takes no {option!r}: {_ELSEWHERE[option]}")
         own = ("server", "workers", "name", "platform", "seed")
         self._fields = read_keywords("ParameterServerStrategy", options, own).fields
         self._server = server
@@ -408,6 +407,9 @@ def _check(model: keras.Model) -> None:
     if model.run_eagerly:
         raise UsageError("fit: run_eagerly=True is for a debugger; train without Headwater there")
     if model.steps_per_execution != 1:
-        raise UsageError("fit: steps_per_execution is 1: each batch is an update")
+        raise UsageError(
+            f"fit: steps_per_execution={model.steps_per_execution}: it has to be 1, for each batch "
+            "is an update; leave it out of compile"
+        )
     if keras.distribution.distribution() is not None:
         raise UsageError("fit: a keras.distribution is set; workers have devices of their own")

@@ -71,8 +71,8 @@ def test_beside_one_that_was_sent_away_a_failed_one_is_the_last(crew: Crew) -> N
             crew.look()
 
 
-def test_workers_that_were_sent_away_have_not_failed(
-    crew: Crew, caplog: pytest.LogCaptureFixture
+def test_workers_that_were_sent_away_have_not_failed_but_do_not_come_back(
+    crew: Crew, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for child in crew._children:
         child.status = 0
@@ -80,3 +80,7 @@ def test_workers_that_were_sent_away_have_not_failed(
     crew.look()
 
     assert caplog.record_tuples == []
+    monkeypatch.setattr(module, "ALONE_S", 0.0)
+    for _ in range(3):
+        with pytest.raises(RunFailed, match="no worker is left: all of them were told to leave"):
+            crew.look()
