@@ -98,7 +98,9 @@ class Applier:
         self._updates = 0
         self._updates_s = 0.0
         self._fastest_s = 0.0
-        self._diverged: Diverged | None = None  # then the log's last record made no version
+        self._broken: Exception | None = (
+            None  # then the log may end with a record that made no version
+        )
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="headwater-applier", daemon=True)
         self._thread.start()
@@ -142,9 +144,9 @@ class Applier:
         if isinstance(job, Check):
             store.check_pushed(job.gradient, job.loss)
             return None
-        if self._diverged is not None:
+        if self._broken is not None:
             # What was queued behind it must not be logged after a version that never was.
-            raise self._diverged
+            raise self._broken
         if isinstance(job, Update):
             return self._update(job.contributions)
         if isinstance(job, LeaveOut):
@@ -176,9 +178,15 @@ class Applier:
         began = time.monotonic()
         try:
             published = store.move(step)
-        except Diverged as error:
-            self._diverged = error
-            raise
+        except Exception as error:
+            if journal is None and not isinstance(error, Diverged):
+                raise
+            self._broken = error
+            if not isinstance(error, NotFinite):
+                raise
+            # Too late to be refused, for it was found finite and is written down.
+            self._broken = RuntimeError(f"what was finite before is not: {error}")
+            raise self._broken from error
         took_s = time.monotonic() - began
         self._updates, self._updates_s = self._updates + 1, self._updates_s + took_s
         self._fastest_s = min(took_s, self._fastest_s or took_s)

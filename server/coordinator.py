@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +149,7 @@ class Coordinator:
     def say_bye(self, member: Member, reason: pb.ByeReason, message: str) -> None:
         """Take back what the worker has and let its stream end in order."""
         self._forget(member)
-        member.ready = False
+        member.ready, member.leaving = False, True
         self.tickets.bye(member, reason, message)
 
     def _forget(self, member: Member) -> None:
@@ -187,6 +188,9 @@ class Coordinator:
                 f"the push's base is version {push.base}, its ticket's is {ticket.base}",
             )  # fmt: skip
             return None
+        if not all(map(math.isfinite, (push.load_s, push.compute_s, push.queue_s))):
+            self.reject_malformed(member, ticket, push.token, "the push's times are not finite")
+            return None
         return ticket
 
     def still_wanted(self, member: Member, ticket: Ticket, token: pb.Token) -> bool:
@@ -200,7 +204,8 @@ class Coordinator:
 
     def received(self, member: Member, ticket: Ticket, push: pb.Push, staged: Staged) -> None:
         """The whole gradient is here."""
-        step_s = self.run.clock() - self.run.admission.issued_time(ticket.number) - push.queue_s
+        issued_time = self.run.admission.issued_time(ticket.number)
+        step_s = max(0.0, self.run.clock() - issued_time - max(0.0, push.queue_s))
         member.steps_s.add(step_s)
         member.times.pushed(push.load_s, push.compute_s, step_s)
         member.phase = "waiting"
@@ -245,6 +250,7 @@ class Coordinator:
     def _pump(self) -> None:
         """Apply what is held and grant what can be granted."""
         if self.run.is_done:
+            self._drained.set()
             return
         self.updates.apply_held()
         self.session_pushes.wake()
@@ -275,7 +281,8 @@ class Coordinator:
         for member in run.roster.silent(now, run.config.session_timeout_s):
             self._cut(member, Reason.SILENT, f"not heard of for {now - member.heard_time:.0f} s")
         for member in list(run.roster.members.values()):
-            if not member.ready and now - member.joined_time > run.config.compile_timeout_s:
+            compiles = not (member.ready or member.leaving)
+            if compiles and now - member.joined_time > run.config.compile_timeout_s:
                 limit = run.config.compile_timeout_s
                 self._cut(member, Reason.COMPILE_TIMEOUT, f"not ready after {limit:.0f} s")
         for ticket, released in run.admission.expire(now):

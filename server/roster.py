@@ -69,6 +69,8 @@ class Member:
     joined_time: float
     heard_time: float
     ready: bool = False
+    leaving: bool = False
+    """It was told bye."""
     steps: int = -1
     """Of the last progress message; the same again means that nothing moved."""
     phase: str = "compiling"

@@ -216,6 +216,8 @@ class Serving:
             if error is None:
                 await self._coordinator.drain(self._prepared.config.grace_s / 2)
             await self._coordinator.stop_training(apply_held=error is None)
+            if error is None and self._done.done():  # what came on its way failed
+                error = self._done.result()
         saved = not run.log_broken and await self._save_patiently(run.current)
         if not saved and finished:
             error = f"the final weights could not be written to {run.run_dir}"

@@ -22,6 +22,7 @@ from headwater.protos.wire import frame
 from headwater.server.coordinator import Coordinator
 from headwater.server.saver import Saver
 from headwater.server.session import Session, Ways
+from headwater.server.shared_line import not_slower
 from headwater.server.status import status
 
 log = logging.getLogger("headwater.server")
@@ -134,7 +135,8 @@ class Service:
                 run.evaluations.end_wait(run.clock())
 
     async def _write(self, context: Context, data: bytes) -> None:
-        await context.write(data)
+        async with not_slower(len(data)):
+            await context.write(data)
         self._run.figures.bytes_out += len(data)
 
     @_answered

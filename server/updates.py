@@ -225,13 +225,15 @@ class Updates:
     def _done(self, job: Job, result: Result) -> None:
         """What became of a job."""
         self._submitted -= 1
-        if isinstance(job, Check):
-            self._checked(job, result)
-        else:
-            self._applied(job, result)
-        # Not before: an answer may have led to the next job.
-        if not self._submitted:
-            self.idle.set()
+        try:
+            if isinstance(job, Check):
+                self._checked(job, result)
+            else:
+                self._applied(job, result)
+        finally:
+            # Not before: an answer may have led to the next job.
+            if not self._submitted:
+                self.idle.set()
 
     def _applied(self, job: Update | LeaveOut | Change, result: Result) -> None:
         if isinstance(result, Published):
@@ -437,7 +439,10 @@ class Updates:
         due = self._owed.due(self._run.current.version)
         self._run.durable_version = self._owed.durable_version
         for answer in due:
-            answer()
+            try:
+                answer()
+            except Exception:  # the others are owed theirs all the same
+                log.exception("an update could not be acknowledged")
 
     def _log_full(self, why: str | None) -> None:
         problems = self._run.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from headwater import Client, Server, Task
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.protos import rpc
 from headwater.server import shared_line
 from headwater.server.order import BatchOrder
 from kit import counting, processes
@@ -393,6 +395,19 @@ def test_an_endless_compilation_is_ended(start) -> None:
 
     assert (end.code, end.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "COMPILE_TIMEOUT")
     assert train(ready, ready.ticket()).code == pb.OUTCOME_APPLIED
+
+
+@pytest.mark.parametrize("start", ["grpc"], indirect=True)
+def test_a_pull_that_is_not_read_is_cut(start, monkeypatch) -> None:
+    monkeypatch.setattr(shared_line, "WRITE_TIMEOUT_S", 0.5)
+    run = start(padding=4_000_000)
+    call = rpc.Stub(rpc.connect(run.server.address)).Pull(pb.PullRequest())
+    next(call)
+    time.sleep(3)  # not to read for so long is what it is about
+    with pytest.raises(grpc.RpcError):
+        for _ in call:
+            pass
+    assert call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 @pytest.mark.parametrize("start", ["grpc"], indirect=True)  # in slots they take nobody's time

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from headwater.protos import files, snapshot_file
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused
 from headwater.server import journal, steering
+from headwater.server.store import Published, Step, Store
 from kit import counting, processes
 from kit.disk import FaultyDisk, set_faults
 from kit.line import ONES, LineRun, line
@@ -587,3 +589,54 @@ def test_what_is_queued_behind_an_update_that_diverged_is_not_applied(tmp_path: 
         assert run.client.status()["version"] == 1
         run.client.set({"learning_rate": 1.0})
         assert run.push() == 1.0
+
+
+def test_what_is_queued_behind_an_update_that_failed_after_it_was_logged_is_not_applied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = []
+
+    def move(store: Store, step: Step) -> Published:
+        moves.append(step)
+        if len(moves) == 1:
+            raise MemoryError("made up")
+        return own_move(store, step)
+
+    own_move = Store.move
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        workers = [run.worker() for _ in range(2)]
+        tickets = [worker.ticket() for worker in workers]
+        run.client.pause()
+        for worker, ticket in zip(workers, tickets, strict=True):
+            worker.push(ticket, ONES.tobytes())
+        wait_for(lambda: run.client.status()["batches_admitted"] == 2, "both are held")
+        monkeypatch.setattr(Store, "move", move)
+        run.client.resume()
+        for worker in workers:
+            assert worker.bye().reason == pb.BYE_FAILED
+            assert worker.heard("outcome") == []
+    monkeypatch.undo()
+    with contextlib.ExitStack() as stack:
+        run = LineRun(stack, line("sgd(1.0)"), tmp_path / "run", durability="log")
+        status = run.client.status()
+        assert status["version"] == status["batches_applied"] == 1  # what was written down
+        assert run.push() == 1.0
+
+
+def test_what_fails_while_a_stopping_server_waits_for_gradients_is_told_of(
+    start: Callable[..., LineRun],
+) -> None:
+    run = start("sgd(1.0)", grace_s=20.0)
+    workers = [run.worker() for _ in range(2)]
+    tickets = [worker.ticket() for worker in workers]
+    run.client.set({"learning_rate": 3e38})
+    run.client.stop()
+
+    began = time.monotonic()
+    workers[0].push(tickets[0], (ONES * 1e5).tobytes())
+
+    ended = run.server.wait(30)
+    assert (ended.state, ended.version) == (pb.RUN_FAILED, 0)
+    assert "would not be finite any more" in ended.message
+    assert time.monotonic() - began < 8  # the other's gradient is not waited for

@@ -645,6 +645,20 @@ def test_a_loss_that_is_not_finite_is_rejected(run: Run, loss: float) -> None:
         leave(worker)
 
 
+@pytest.mark.parametrize("name", ["queue_s", "load_s", "compute_s"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf], ids=str)
+def test_times_that_are_not_finite_are_malformed_and_harm_nobody(
+    run: Run, name: str, value: float
+) -> None:
+    with unharmed(run, malformed=1):
+        worker = run.joined()
+        worker.push(worker.ticket(), **{name: value})
+        outcome = worker.outcome()
+        assert outcome.rejected_for == pb.REJECTED_FOR_MALFORMED
+        assert outcome.message == "the push's times are not finite"
+        leave(worker)
+
+
 def test_a_loss_too_large_for_float32_is_answered_and_the_run_goes_on(
     run: Run, no_tracebacks: None
 ) -> None:
