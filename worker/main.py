@@ -48,8 +48,8 @@ def worker(
     """Compute gradients for a server. Ctrl-C or SIGTERM finishes the one in hand and leaves."""
     check_devices(devices)
     patience = Patience(server, connect_timeout)
-    # Before JAX starts its threads.
-    if "NPROC" not in os.environ and consistency_of(server, patience).startswith("sync"):
+    # Before JAX starts its threads, and reads its flags: NPROC alone, which `run` sets, is not all.
+    if not compute.is_fixed(os.environ) and consistency_of(server, patience).startswith("sync"):
         compute.fix(os.environ)
     choose_platform(platform)
     from headwater.worker.load import load_task_on

@@ -188,6 +188,16 @@ def test_a_finished_run_leaves_a_log_of_each_process(digits: Trained) -> None:
     assert "the run is finished; " in (logs / "worker-1.log").read_text()
 
 
+def test_in_sync_mode_its_processes_are_set_up_to_compute_alike(folder: Path) -> None:
+    done = run(*SHORT, *FREE_PORT, "--consistency", "sync:1", "--run-dir", "run", cwd=folder)
+    assert done.status == 0, done.errors
+    lines = map(json.loads, (folder / "run/history.jsonl").read_text().splitlines())
+    computed = [line["compute"] for line in lines if "compute" in line]
+    assert len(computed) == 2  # the server's and the worker's
+    for compute in computed:
+        assert "--xla_gpu_deterministic_ops=true" in compute["XLA_FLAGS"]
+
+
 def test_a_task_without_evaluate_is_trained_and_no_evaluation_is_spoken_of(folder: Path) -> None:
     finished = run(*SHORT, *FREE_PORT, cwd=folder)
     assert (finished.status, finished.errors) == (0, "")
