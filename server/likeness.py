@@ -51,7 +51,7 @@ def check_framework(survey: Survey, here: Mapping[str, str]) -> None:
 
     Args:
       survey: Of the run.
-      here: This process's fingerprint.
+      here: This process's fingerprint, as a worker's.
 
     Raises:
       HeadwaterError: They were not.
@@ -113,7 +113,11 @@ def imitate(survey: Survey, environment: MutableMapping[str, str]) -> None:
 
 
 def warnings(
-    survey: Survey, here: Mapping[str, str], software: Mapping[str, str], devices: int = 1
+    survey: Survey,
+    here: Mapping[str, str],
+    software: Mapping[str, str],
+    devices: int = 1,
+    serves: Mapping[str, str] | None = None,
 ) -> list[str]:
     """What differs from then, and may change bits, in sentences.
 
@@ -122,7 +126,10 @@ def warnings(
       here: This process's fingerprint.
       software: Library to version, of this process.
       devices: That this process has; it splits as a worker did, if there are enough.
+      serves: This process's fingerprint as a server's, which always computes by JAX; None: as
+        a worker's.
     """
+    serves = here if serves is None else serves
     workers = defaultdict(list)
     for worker in survey.workers.values():
         alike = dict(here)
@@ -134,10 +141,10 @@ def warnings(
     for line in survey.incarnations:
         compute, libraries = line["compute"], line.get("software", {})
         # Of a server on another platform than the workers there is nothing to compare.
-        there = compute if compute.get("platform") == here["platform"] else here
+        there = compute if compute.get("platform") == serves["platform"] else serves
         known = {name: software[name] for name in libraries.keys() & software.keys()}
         both = {name: libraries[name] for name in known}
-        found = "; ".join(filter(None, [differences(here, there), differences(known, both)]))
+        found = "; ".join(filter(None, [differences(serves, there), differences(known, both)]))
         if found:
             sentences.add(f"the server: {found}")
     return [f"what computed may give other bits here: {each}" for each in sorted(sentences)]

@@ -25,6 +25,7 @@ from headwater.protos import command, plain_json
 from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.server import history, likeness
 from headwater.server.survey import Survey, survey
+from headwater.worker.compute import fingerprint
 from headwater.worker.options import TaskArg, TaskOptions
 from headwater.worker.platform import use_platform
 
@@ -115,7 +116,9 @@ def replay_run(
     rounds = _rounds(run_dir, loaded, surveyed)
     platform = likeness.gradients_platform(surveyed)
     devices = 1 if loaded.task.backend else jax.local_device_count(platform)
-    warnings = likeness.warnings(surveyed, loaded.fingerprint(), loaded.software(), devices)
+    warnings = likeness.warnings(
+        surveyed, loaded.fingerprint(), loaded.software(), devices, fingerprint()
+    )
     for warning in warnings:
         log.warning("%s", warning)
     likeness.check_framework(surveyed, loaded.fingerprint())

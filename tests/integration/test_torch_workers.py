@@ -218,6 +218,7 @@ def test_a_sync_run_of_torch_workers_is_the_same_whoever_computes_and_is_replaye
     )
     assert again.status == 0, again.errors
     assert "has the same bits as in the run" in again.output
+    assert "the server: framework" not in again.errors + again.output  # which is JAX for all
 
 
 @pytest.mark.slow
