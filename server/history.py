@@ -44,7 +44,7 @@ FLUSH_BYTES = 1 << 16
 """Written to the file at once."""
 
 MAX_PENDING_BYTES = 64 << 20
-"""Kept while the disk is full; what is more is given up."""
+"""Kept while the disk is full, or an fsync hangs; what is more is given up."""
 
 PLAIN = "plain"
 """Of a gradient that was not compensated where others are."""
@@ -54,6 +54,8 @@ Line = Mapping[str, Any]
 
 class History:
     """The file while a server writes to it. May be used from several threads.
+
+    The event loop calls `append`, which therefore waits for nobody's fsync.
 
     Args:
       folder: The run directory; this process holds its lock.
@@ -75,7 +77,10 @@ class History:
         files.DISK.truncate(self._file, self._size)
         self._pending = bytearray()
         self._lost_since: int | None = None
+        self._filing = threading.Lock()
+        """Held through each operation on the file, and taken before `_lock`."""
         self._lock = threading.Lock()
+        """Of what is pending, and the version; never held while the disk is waited for."""
         self.problem: str | None = None
         """Why lines could not be written, until they were."""
 
@@ -101,31 +106,32 @@ class History:
             if self._lost_since is None:
                 if len(self._pending) > MAX_PENDING_BYTES:
                     self._lost_since = self.version
+                    log.error("%s lacks what comes after version %d", NAME, self.version)
                 else:
                     self._pending += _encoded(line)
             self.version = line["v"]
-            if len(self._pending) >= FLUSH_BYTES:
+            is_much = len(self._pending) >= FLUSH_BYTES
+        # Whoever has the file may be in an fsync of seconds: what is pending waits for the next.
+        if is_much and self._filing.acquire(blocking=False):
+            try:
                 self._flush()
+            finally:
+                self._filing.release()
 
     def flush(self) -> None:
         """Hand what was added to the system."""
-        with self._lock:
+        with self._filing:
             self._flush()
 
     def sync(self) -> None:
         """Have all that was added on disk; a disk that fails is a `problem`, and no more."""
-        with self._lock:
-            self._flush()
-            if self.problem is None:
-                try:
-                    files.DISK.sync(self._file)
-                except OSError as error:
-                    self._failed(error)
+        with self._filing:
+            self._sync()
 
     def close(self) -> None:
         """Write what is left."""
-        self.sync()
-        with self._lock:
+        with self._filing:
+            self._sync()
             os.close(self._file)
 
     def _mark_gap(self, version: int) -> None:
@@ -133,21 +139,32 @@ class History:
         if since < version:
             self.append({"v": version, "gap": since})
 
+    def _sync(self) -> None:
+        self._flush()
+        if self.problem is None:
+            try:
+                files.DISK.sync(self._file)
+            except OSError as error:
+                self._failed(error)
+
     def _flush(self) -> None:
-        if not self._pending:
+        with self._lock:
+            data = bytes(self._pending)
+        if not data:
             return
         try:
-            files.write_all(self._file, bytes(self._pending))
+            files.write_all(self._file, data)
         except OSError as error:
             self._failed(error)
             return
-        self._size += len(self._pending)
-        self._pending.clear()
+        self._size += len(data)
         self.problem = None
-        if self._lost_since is not None:
-            # Room again: what comes from here on is kept, and what is missing is said.
-            self._pending += _encoded({"v": self.version, "gap": self._lost_since})
-            self._lost_since = None
+        with self._lock:
+            del self._pending[: len(data)]  # what was added meanwhile stays, in order
+            if self._lost_since is not None:
+                # Room again: what comes from here on is kept, and what is missing is said.
+                self._pending += _encoded({"v": self.version, "gap": self._lost_since})
+                self._lost_since = None
 
     def _failed(self, error: OSError) -> None:
         if self.problem is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,94 @@ def test_what_a_full_disk_made_it_give_up_is_a_gap(
     monkeypatch.setattr(files, "DISK", files.Disk())
     file.flush()
     assert file.problem is None
+    file.append(update(6))
+    file.close()
+
+    *kept, gap, last = written(tmp_path)
+    assert [line["v"] for line in kept] == [*range(1, len(kept) + 1)]
+    assert gap == {"v": 5, "gap": len(kept)}
+    assert last == update(6)
+
+
+class SlowToSync(files.Disk):
+    """Its fsync lasts until `go_on` is set."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def sync(self, file: int) -> None:
+        self.began.set()
+        assert self.go_on.wait(20)
+        super().sync(file)
+
+
+def test_no_line_waits_for_an_fsync_and_all_are_written_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "FLUSH_BYTES", 1)
+    slow = SlowToSync()
+    file = History(tmp_path, 0, Ranges(), PLAIN)
+    monkeypatch.setattr(files, "DISK", slow)
+    file.append(update(1))
+    saver = threading.Thread(target=file.sync)
+    saver.start()
+    assert slow.began.wait(20)
+
+    loop = threading.Thread(target=lambda: [file.append(update(v)) for v in range(2, 5)])
+    loop.start()
+    loop.join(5)
+    was_held_up = loop.is_alive()
+    slow.go_on.set()
+    for thread in (saver, loop):
+        thread.join(20)
+    file.close()
+
+    assert not was_held_up
+    assert written(tmp_path) == [update(version) for version in range(1, 5)]
+
+
+def test_what_was_added_while_a_write_failed_comes_after_what_it_was_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = History(tmp_path, 0, Ranges(), PLAIN)
+
+    class FillsUp(files.Disk):
+        def write(self, handle: int, data: Buffer) -> int:
+            file.append(update(2))
+            super().write(handle, data[:5])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    file.append(update(1))
+    monkeypatch.setattr(files, "DISK", FillsUp())
+    adder = threading.Thread(target=file.flush, daemon=True)  # held up, it would be for ever
+    adder.start()
+    adder.join(5)
+    assert not adder.is_alive()
+    monkeypatch.setattr(files, "DISK", files.Disk())
+    file.close()
+
+    assert written(tmp_path) == [update(1), update(2)]
+
+
+def test_what_was_given_up_during_an_fsync_is_a_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "MAX_PENDING_BYTES", 60)
+    slow = SlowToSync()
+    file = History(tmp_path, 0, Ranges(), PLAIN)
+    monkeypatch.setattr(files, "DISK", slow)
+    saver = threading.Thread(target=file.sync, daemon=True)
+    saver.start()
+    assert slow.began.wait(20)
+    adder = threading.Thread(
+        target=lambda: [file.append(update(v)) for v in range(1, 6)], daemon=True
+    )
+    adder.start()
+    adder.join(5)
+    assert not adder.is_alive()
+    slow.go_on.set()
+    saver.join(20)
+    file.flush()
     file.append(update(6))
     file.close()
 
