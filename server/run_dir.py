@@ -4,6 +4,7 @@ run.json                what the run is: id, incarnation, task, settings
 snapshot-….safetensors  weights, optimizer state and ledger of one version each
 updates-….log           with --durability log: every update since
 weights.safetensors     the weights of the version that the last server ended with
+evaluation.safetensors  those for evaluation, where they are others
 history.jsonl           what made each version, to replay the run
 metrics.jsonl           progress, evaluations and the end, a JSON object a line
 lock                    held by the server that serves the run
@@ -58,7 +59,9 @@ class RunDir:
                 self._lock: IO[str] = opened.enter_context((self.path / "lock").open("a+"))
                 self._metrics: IO[str] = opened.enter_context(self._metrics_path.open("a"))
                 self._take()
-                for file in (self._record_path, self._metrics_path, self.weights_path):
+                for file in (
+                    self._record_path, self._metrics_path, self.weights_path, self.evaluation_path
+                ):  # fmt: skip
                     files.remove_leftovers(file)
                 if self._record_path.exists():
                     text = self._record_path.read_text()

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from headwater.protos import files
 from headwater.protos.errors import UsageError
 from headwater.server.config import ServerConfig
 from headwater.server.run_dir import RunDir
@@ -253,6 +254,18 @@ def test_what_was_asked_for_goes_on_to_hold_unless_asked_anew() -> None:
 
     assert (settings.epochs, settings.batch_size) == (20, None)
     assert (settings.optimizer, settings.seed) == ("sgd(0.1)", 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["run.json", "metrics.jsonl", "weights.safetensors", "evaluation.safetensors"]
+)
+def test_what_a_killed_server_left_half_written_is_removed(name: str) -> None:
+    with opened(Path("mine")) as run:
+        half = run.path / f"{files.temporary_prefix(run.path / name)}1a2b3c4d"
+        half.write_bytes(b"half")
+
+    with opened(Path("mine")):
+        assert not half.exists()
 
 
 # ------------------------------------------------------------- a server that is ending
