@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import socket
 from collections import deque
@@ -84,6 +85,8 @@ class ServerLine:
                 return
             for data, descriptors in found:
                 if descriptors:
+                    for descriptor in descriptors:  # the splitter has them no longer
+                        os.close(descriptor)
                     raise MalformedMessage("a worker sends no descriptors")
                 self.on_message(data)
                 if not self._open:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from headwater.protos.line import packed
+from headwater.protos.line import packed, send_some
 from headwater.protos.shared_memory import IS_AVAILABLE
+from headwater.protos.wire import MalformedMessage
 from headwater.server.door import ACCEPT_AGAIN_S, Door, ServerLine
 
 pytestmark = pytest.mark.skipif(not IS_AVAILABLE, reason="shared memory needs Linux")
@@ -65,3 +68,23 @@ def test_without_descriptors_it_is_said_once_and_tried_again(
         assert not asyncio.run(come())
     assert len(caplog.records) == 1
     assert "could not be let in: " in caplog.text
+
+
+def test_descriptors_that_come_with_a_message_are_closed() -> None:
+    async def come() -> Exception | None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        line, ended = ServerLine(ours), asyncio.get_running_loop().create_future()
+        line.on_end = ended.set_result
+        sent = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+        send_some(theirs, packed(b"gift", sent), sent)
+        for descriptor in sent:
+            os.close(descriptor)
+        theirs.close()
+        return await asyncio.wait_for(ended, 20)
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    assert isinstance(asyncio.run(come()), MalformedMessage)
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
