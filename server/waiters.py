@@ -9,25 +9,22 @@ class Waiters:
     """Readers that wait until a number that only grows has grown so far: the version, the epoch."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+        self._waiting: dict[asyncio.Future[None], int] = {}
 
     async def wait(self, number: int, timeout_s: float) -> None:
         """Returns when `wake` was called with the number or a higher one, or after the time."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((number, waiter))
-        await asyncio.wait({waiter}, timeout=timeout_s)
-        waiter.cancel()
+        self._waiting[waiter] = number
+        try:
+            await asyncio.wait({waiter}, timeout=timeout_s)
+        finally:
+            self._waiting.pop(waiter, None)  # of a run that stands still, nobody is woken
 
     def wake(self, number: int | None) -> None:
         """It is there; None: the run is over, and it grows no more."""
         if not self._waiting:
             return
-        kept = []
-        for wanted, waiter in self._waiting:
-            if waiter.done():
-                continue
+        for waiter, wanted in list(self._waiting.items()):
             if number is None or wanted <= number:
+                del self._waiting[waiter]
                 waiter.set_result(None)
-            else:
-                kept.append((wanted, waiter))
-        self._waiting = kept
