@@ -228,6 +228,14 @@ class Session:
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         """Handle what comes, until the worker ends its side."""
+        try:
+            async with asyncio.timeout(self._coordinator.run.config.session_timeout_s):
+                first = await anext(requests)  # from then on the roster knows when it was heard
+        except TimeoutError:
+            raise Refused(Reason.SILENT, "nothing came on the stream") from None
+        except StopAsyncIteration:
+            return
+        self._take(first)
         async for data in requests:
             self._take(data)
 

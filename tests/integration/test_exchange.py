@@ -369,6 +369,13 @@ def test_a_silent_stream_is_ended_and_one_that_speaks_is_not(start) -> None:
     assert lost <= {key(ticket) for ticket in speaking.heard("ticket")}
 
 
+def test_a_stream_on_which_no_hello_comes_is_ended(start) -> None:
+    end = start(session_timeout_s=0.5).worker().connect().end()
+
+    assert (end.code, end.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "SILENT")
+    assert "nothing came" in end.text
+
+
 def test_a_worker_that_waits_hears_of_the_server_and_one_that_computes_is_left_alone(start) -> None:
     """Else waiting could not be told from a network that swallows what the server sends."""
     run = start()
