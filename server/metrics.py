@@ -15,6 +15,9 @@ WINDOW_S = 5.0
 SMOOTHING = 0.98
 """Of the running means of loss and metrics: about the last 50 pushes."""
 
+MAX_NAMES = 256
+"""That running means are kept of; a push brings 64 at most, and the loss."""
+
 
 class Rate:
     """Amounts a second over the last WINDOW_S seconds."""
@@ -134,6 +137,8 @@ class Histogram:
 class RunningMeans:
     """Exponentially smoothed values by name, unbiased from the first one on.
 
+    Of the MAX_NAMES that came first: names are the workers' to choose.
+
     Source: the bias correction of Adam, Kingma and Ba 2015, section 3.
     """
 
@@ -144,6 +149,8 @@ class RunningMeans:
         for name, value in values.items():
             if not math.isfinite(value):
                 continue  # it would make the mean NaN for ever
+            if name not in self._sums and len(self._sums) >= MAX_NAMES:
+                continue
             total, weight = self._sums.get(name, (0.0, 0.0))
             rest = 1 - SMOOTHING
             self._sums[name] = SMOOTHING * total + rest * value, SMOOTHING * weight + rest

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headwater.server.metrics import WINDOW_S, Histogram, Rate, RunningMeans
+from headwater.server.metrics import MAX_NAMES, WINDOW_S, Histogram, Rate, RunningMeans
 
 
 def test_a_rate_is_zero_before_the_first_amount() -> None:
@@ -141,3 +141,16 @@ def test_a_name_that_comes_later_is_as_unbiased_as_the_others() -> None:
 
 def test_there_are_no_means_before_the_first_value() -> None:
     assert RunningMeans().values() == {}
+
+
+def test_names_that_are_new_in_every_push_take_no_more_memory_and_the_first_are_kept() -> None:
+    means = RunningMeans()
+    means.add({"loss": 1.0, "accuracy": 0.5})
+    for number in range(2 * MAX_NAMES):
+        means.add({f"step {number}": 1.0, "loss": 1.0})
+    means.add({"loss": 2.0})
+
+    found = means.values()
+    assert len(found) == MAX_NAMES
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert found["loss"] > 1.0
