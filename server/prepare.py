@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from headwater.protos.errors import UsageError
-from headwater.protos.layout import LayoutError
+from headwater.protos.layout import Layout, LayoutError
 from headwater.protos.rpc import split_address
 from headwater.protos.snapshot_file import Facts, Snapshot
 from headwater.server import failpoints, update_log
@@ -31,6 +31,7 @@ from headwater.server.run_record import RunRecord
 from headwater.server.settings import Settings
 from headwater.server.snapshots import Snapshots, arrays_of, handed_over
 from headwater.server.staleness import StalenessPolicy
+from headwater.server.steering import does_not_fit
 from headwater.server.store import NotFinite, Published, Store
 from headwater.server.update_log import LogBroken, NoRoom, Recovery, UpdateLog
 from headwater.worker.compute import fingerprint
@@ -133,13 +134,17 @@ def _prepare(
     check(optimizer, task.tree.trained_shapes)
     if rounds.steps > 1:
         _check_inner_optimizer(task, rounds, config.inner_optimizer)
-    first_of = loaded, optimizer, order.seed, _settings(Settings(), config), config.init
+    layout = task.tree.layout
+    settings = _settings(Settings(), config)
+    first_of = loaded, optimizer, order.seed, settings, config.init
+    if run_dir is None or run_dir.record is None:
+        _check_fits(settings, config, rounds, layout)
     first = None
     if run_dir is None:
         first = first_store(*first_of)
         run_dir = opened.enter_context(contextlib.closing(RunDir(config.run_dir, loaded.name)))
     order.prepare(0)
-    run = RunIdentity(run_dir.run_id, identity, task.tree.layout, loaded.software())
+    run = RunIdentity(run_dir.run_id, identity, layout, loaded.software())
     record = RunRecord.of(
         run_dir.run_id, loaded, run.layout, rounds, updates, optimizer.text, config
     )
@@ -157,6 +162,7 @@ def _prepare(
             keeps_log=config.durability == "log",
         )  # fmt: skip
         _check_epochs(rounds, recovered.store.current)
+        _check_fits(_settings(recovered.store.current.settings, given), config, rounds, layout)
         evaluation = run_dir.cut_metrics(recovered.store.current.version)
     opened_log = None
     if config.durability == "log":
@@ -212,6 +218,12 @@ def _settings(before: Settings, given: ServerConfig) -> Settings:
     if given.staleness is not None:
         after = dataclasses.replace(after, staleness=StalenessPolicy.parse(given.staleness))
     return after
+
+
+def _check_fits(settings: Settings, config: ServerConfig, rounds: Rounds, layout: Layout) -> None:
+    """Refuse them before run.json and the update log have them: both outlive a refusal."""
+    if problem := does_not_fit(settings.dial, config, rounds.order, layout):
+        raise UsageError(problem)
 
 
 def _incarnation(

@@ -15,8 +15,9 @@ from typing import Any
 
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import Reason, Refused, UsageError
+from headwater.protos.layout import Layout
 from headwater.server.applier import Result
-from headwater.server.config import NEEDS_BATCHES, NOT_IN_SYNC
+from headwater.server.config import NEEDS_BATCHES, NOT_IN_SYNC, ServerConfig
 from headwater.server.dial import Dial
 from headwater.server.optimizer import (
     UPDATE_SCALE,
@@ -24,9 +25,11 @@ from headwater.server.optimizer import (
     Change,
     HyperParameter,
 )
+from headwater.server.order import BatchOrder
 from headwater.server.roster import printable
 from headwater.server.run_state import Run
 from headwater.server.settings import Planned, Settings
+from headwater.server.staging import Staging
 from headwater.server.store import Published, Store
 from headwater.server.updates import Updates
 from headwater.worker.compute import differences
@@ -66,8 +69,6 @@ class Steering:
         self._on_event = on_event
         self._paused_time: float | None = None
         self._setting = asyncio.Lock()
-        if problem := _does_not_fit(run, run.settings.dial):
-            raise UsageError(problem)
 
     # ------------------------------------------------------------ pause, resume
 
@@ -213,7 +214,8 @@ class Steering:
             dial = Dial.parse(text, CONSISTENCY)
         except UsageError as error:
             raise _bad(str(error)) from None
-        if problem := _does_not_fit(self._run, dial):
+        run = self._run
+        if problem := does_not_fit(dial, run.config, run.order, run.layout):
             raise _bad(problem)
         self._shared_compute(dial)
         return dial
@@ -264,18 +266,21 @@ class Steering:
             )
 
 
-def _does_not_fit(run: Run, dial: Dial) -> str:
-    """What is wrong with the dial there, in this run; "" where it fits."""
-    if dial.group is not None and not run.order.has_batches:
+def does_not_fit(dial: Dial, config: ServerConfig, order: BatchOrder, layout: Layout) -> str:
+    """What is wrong with the dial there, in such a run; "" where it fits."""
+    if dial.group is None:
+        return ""
+    if not order.has_batches:
         return f"consistency {dial}: {NEEDS_BATCHES}"
-    if dial.group is not None and run.config.pushes.keeps_residual:
-        return f"consistency {dial} does not go with --compress {run.config.pushes}: {NOT_IN_SYNC}"
-    if (dial.group or 0) <= run.staging.slots:
+    if config.pushes.keeps_residual:
+        return f"consistency {dial} does not go with --compress {config.pushes}: {NOT_IN_SYNC}"
+    pushed = config.pushes.packed(layout.moving)
+    slots = Staging(pushed, config.max_staged_bytes).slots
+    if dial.group <= slots:
         return ""
     return (
-        f"consistency {dial} holds {dial.group} gradients of {run.pushed.total_bytes:,} bytes at "
-        f"once, and --max-staged-bytes has room for {run.staging.slots}; raise it, or use smaller "
-        "groups"
+        f"consistency {dial} holds {dial.group} gradients of {pushed.total_bytes:,} bytes at "
+        f"once, and --max-staged-bytes has room for {slots}; raise it, or use smaller groups"
     )
 
 

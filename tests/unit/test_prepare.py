@@ -284,3 +284,20 @@ def test_with_local_steps_the_outer_optimizer_goes_by_the_consistency_and_stays(
     again = prepared(tmp_path, local_steps=2, consistency="async")
     assert again.optimizer_text == outer
     crash(again)
+
+
+def test_a_consistency_that_does_not_fit_is_refused_and_not_recorded(tmp_path: Path) -> None:
+    too_much: dict[str, Any] = {"consistency": "sync:8", "max_staged_bytes": 1}
+    with pytest.raises(UsageError, match="consistency sync:8 holds 8 gradients"):
+        prepared(tmp_path, **too_much)
+    assert not list(tmp_path.iterdir()), "a new run has not begun"
+
+    crash(prepared(tmp_path))
+    record = (tmp_path / "run.json").read_text()
+    with pytest.raises(UsageError, match="--max-staged-bytes has room for 1; raise it"):
+        prepared(tmp_path, **too_much)
+    assert (tmp_path / "run.json").read_text() == record
+
+    again = prepared(tmp_path, max_staged_bytes=1)
+    assert str(again.settings.dial) == "async"
+    crash(again)
