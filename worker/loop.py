@@ -323,6 +323,12 @@ class Worker:
 
     def _lease(self, lease: pb.Lease) -> None:
         assert self._loader is not None, "the server leases after welcome"
+        # A ticket whose batch is leased anew has expired, unseen from here: its gradient would be
+        # refused, and it would take the data from the ticket that comes in its place.
+        changed = {_key(id_) for id_ in (*(b.id for b in lease.granted), *lease.withdrawn)}
+        self._waiting = deque(
+            work for work in self._waiting if changed.isdisjoint(map(_key, work.ticket.batches))
+        )
         for batch in lease.granted:
             self._loader.grant(_key(batch.id), batch.indices)
         for withdrawn in lease.withdrawn:

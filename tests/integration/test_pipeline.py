@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ import pytest
 
 from headwater import Client, Server
 from headwater.protos import parameter_server_pb2 as pb
+from headwater.worker.link import Link, Patience
+from headwater.worker.load import LoadedTask
+from headwater.worker.loop import Worker
 from kit import counting
 from kit.processes import BY_GRPC, server, worker
 from kit.protocol import BareWorker, counting_gradient, hello_of, key
@@ -189,6 +195,51 @@ def test_a_worker_that_is_lost_gives_both_its_batches_back(start) -> None:
         push(bob, ticket)
     assert lost <= set(done)
     assert run.client.pull()["count"].tolist() == [1] * EXAMPLES
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_worker_whose_tickets_expired_goes_on_with_those_that_come_in_their_place(
+    transport: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    awake, went_on = threading.Event(), threading.Event()
+
+    def before_gradient(epoch: int) -> None:
+        if awake.is_set():
+            went_on.set()
+        assert awake.wait(60)
+
+    def has_more_soon(link: Link) -> bool:
+        """As where the answer overtakes what is left to send of a large gradient."""
+        end = time.monotonic() + 0.5
+        while not (found := has_more(link)) and awake.is_set() and not went_on.is_set():
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)
+        return found
+
+    has_more = Link.has_more
+    monkeypatch.setattr(Link, "has_more", has_more_soon)
+    with contextlib.ExitStack() as stack:
+        run = Run(stack, tmp_path / "run", False, pipeline="on", ticket_timeout_s=2.0)
+        slow = Worker(
+            LoadedTask(counting.task(EXAMPLES, 1, BATCH), "task", {}, ""),
+            run.server.address,
+            Patience(run.server.address, 10),
+            transport=transport,
+            before_gradient=before_gradient,
+        )
+        life = stack.enter_context(ThreadPoolExecutor(1)).submit(slow.run)
+        stack.callback(run.server.stop)
+        stack.callback(awake.set)
+        wait_for(lambda: run.client.status()["batches_leased"] > 0, "it has both its tickets")
+        wait_for(lambda: run.client.status()["batches_leased"] == 0, "both have expired")
+        awake.set()
+        wait_for(
+            lambda: run.client.status()["state"] == "finished" or life.done(), "the end of the run"
+        )
+        run.server.stop()
+        life.result(10)
+    assert run.server.wait(1).version == EXAMPLES // BATCH
 
 
 @pytest.mark.parametrize("way", [(), BY_GRPC], ids=["shm", "grpc"])
