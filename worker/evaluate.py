@@ -82,7 +82,8 @@ class Evaluator:
         self._address = address
         self._reader = Reader(address, self._task.tree.layout)
         self._request = pb.PullRequest(evaluates=follows, for_evaluation=True, min_epoch=min_epoch)
-        self._evaluated = -1
+        self._first_epoch = self._due_epoch = min_epoch
+        self._evaluated = 0, -1  # incarnation and version
         self.is_over = False
         """Whether there will be no other weights."""
 
@@ -109,23 +110,28 @@ class Evaluator:
             if not request.run_id:
                 raise
             log.warning("%s; trying again", error)
+            # It may come back with fewer epochs behind it; to wait for more would miss those.
+            request.min_epoch = self._first_epoch
             time.sleep(1)
             return None
+        if read.stamp.incarnation != request.seen_incarnation:
+            self._due_epoch = self._first_epoch
         request.run_id = read.run_id
         request.seen_incarnation = read.stamp.incarnation
         assert read.weights is not None  # no version was named as known
         version = read.weights.version
+        evaluated = read.stamp.incarnation, version
         # With an epoch barrier it may be an older one, and others follow it.
         is_newest = version >= read.stamp.version
         self.is_over = is_newest and (read.state in _OVER or read.epoch >= read.epochs)
-        is_due = self.is_over or read.epoch >= request.min_epoch
-        request.min_epoch = max(request.min_epoch, read.epoch + 1)
-        if version == self._evaluated or not is_due:
+        is_due = self.is_over or read.epoch >= self._due_epoch
+        self._due_epoch = request.min_epoch = max(self._due_epoch, read.epoch + 1)
+        if evaluated == self._evaluated or not is_due:
             return None
         began = time.perf_counter()
         metrics = evaluated_by(self._task, read.weights.leaves)
         seconds = time.perf_counter() - began
-        self._evaluated = version
+        self._evaluated = evaluated
         found = Evaluation(
             read.run_id, read.stamp.incarnation, version, read.epoch, metrics, seconds
         )
