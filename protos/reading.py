@@ -19,7 +19,7 @@ EXTRA_TIMEOUT_S = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What a pull gave. With an expected layout, `weights` are good until the next pull but one."""
+    """What a pull gave. If memory is reused, `weights` are good until the next pull but one."""
 
     stamp: pb.Stamp
     run_id: str
@@ -38,13 +38,15 @@ class Reader:
       address: HOST:PORT.
       expected: What the weights must be; another layout is refused, the
         difference named. None takes any.
+      reuse: Fill the same memory again, if the layout is known; for those who keep nothing.
     """
 
-    def __init__(self, address: str, expected: Layout | None = None) -> None:
+    def __init__(self, address: str, expected: Layout | None = None, *, reuse: bool = True) -> None:
         self.address = address
         self._channel = rpc.connect(address)
         self.stub = rpc.Stub(self._channel)
-        self._expected = Weights(expected) if expected else None
+        self._expected = expected
+        self._reused = Weights(expected) if expected and reuse else None
 
     def pull(self, request: pb.PullRequest) -> Read:
         """One whole version, or none if it is the one that the request says it has.
@@ -82,14 +84,14 @@ class Reader:
             theirs = Layout.from_proto(message)
         except LayoutError as error:
             raise HeadwaterError(f"the server's layout: {error}") from None
-        if self._expected is None:
-            return Weights(theirs, reuse=False)
-        ours = self._expected.layout
-        if theirs.fingerprint != ours.fingerprint:
+        ours = self._expected
+        if ours is not None and theirs.fingerprint != ours.fingerprint:
             raise Refused(
                 Reason.LAYOUT_MISMATCH,
                 "the server's tensors differ from this task's (here: the task, there: the "
                 f"server): {'; '.join(differences(ours, theirs))}",
             )
-        self._expected.restart()
-        return self._expected
+        if self._reused is None:
+            return Weights(theirs, reuse=False)
+        self._reused.restart()
+        return self._reused

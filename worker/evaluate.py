@@ -80,7 +80,8 @@ class Evaluator:
             )
         self._task = loaded.task
         self._address = address
-        self._reader = Reader(address, self._task.tree.layout)
+        # What the user's evaluate is given it may keep: the best parameters so far, say.
+        self._reader = Reader(address, self._task.tree.layout, reuse=False)
         self._request = pb.PullRequest(evaluates=follows, for_evaluation=True, min_epoch=min_epoch)
         self._first_epoch = self._due_epoch = min_epoch
         self._evaluated = 0, -1  # incarnation and version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import re
 import signal
@@ -212,6 +213,22 @@ def test_without_workers_all_user_code_runs_in_this_thread_and_counts_once(tmp_p
 
 class Mine(Exception):
     pass
+
+
+def test_what_evaluate_was_given_may_be_kept(tmp_path: Path) -> None:
+    kept: list[np.ndarray] = []
+
+    def evaluate(params: Any) -> dict[str, float]:
+        kept.append(params["w"])
+        return {"sum": params["w"].sum()}
+
+    task = quadratic(optimizer=optax.sgd(0.01), epochs=5, evaluate=evaluate)
+    fit(task, workers=0, run_dir=tmp_path / "run", quiet=True)
+
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    sums = [line["metrics"]["sum"] for line in lines if line["kind"] == "evaluation"]
+    assert len(set(sums)) == 5
+    assert [float(weights.sum()) for weights in kept] == sums
 
 
 @pytest.mark.parametrize("where", ["loss", "data", "evaluate"])
