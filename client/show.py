@@ -6,6 +6,7 @@ height and encoding come with the drawing, and may change while one watches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -186,9 +187,11 @@ def epoch(status: Status) -> str:
     return f"{min(status['epoch'] + 1, status['epochs'])}/{status['epochs']}"
 
 
-def metrics(values: Mapping[str, float]) -> str:
-    """Figures in one line: `loss 0.312  accuracy 0.913`."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+def metrics(values: Mapping[str, float | None]) -> str:
+    """Figures in one line: `loss 0.312  accuracy 0.913`; None, JSON's for no number, is nan."""
+    return "  ".join(
+        f"{name} {math.nan if value is None else value:.4g}" for name, value in values.items()
+    )
 
 
 def workers_line(workers: list[dict[str, Any]]) -> str:

@@ -413,6 +413,15 @@ def test_metrics_are_shown_to_four_figures(values: dict[str, float], text: str) 
     assert show.metrics(values) == text
 
 
+def test_a_metric_that_is_no_number_is_nan() -> None:
+    nan = float("nan")
+    assert show.metrics({"loss": nan, "accuracy": None}) == "loss nan  accuracy nan"
+    found = reply(loss=nan, metrics={"loss": nan}, training_metrics={"accuracy": nan})
+    assert row(found, "training") == "loss nan  accuracy nan"
+    assert row(found, "evaluation") == "loss nan (version 13,000)"
+    assert "  loss nan  accuracy nan  " in show.one_line(as_dict(found))
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [
