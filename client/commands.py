@@ -17,7 +17,7 @@ from headwater import __version__
 from headwater.client import show
 from headwater.client.client import Client
 from headwater.client.main import PROCESSES, hand_over
-from headwater.client.status import Status
+from headwater.client.status import OVER, Status
 from headwater.protos import plain_json
 from headwater.protos.command import ServerAddress, new_app
 from headwater.protos.errors import HeadwaterError, Unreachable, UsageError
@@ -33,9 +33,6 @@ GONE_S = 60.0
 
 STOP_TIMEOUT_S = 30.0
 """For a server to be gone after `stop`."""
-
-OVER = ("finished", "failed", "stopping")
-"""States after which nothing changes any more."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

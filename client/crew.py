@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from headwater.client.processes import Child, failure, kill_all, wait_all
+from headwater.client.endings import Endings
+from headwater.client.processes import Child, kill_all, wait_all
 from headwater.protos.command import RUN_ID_ENV, TASK_ENV
-from headwater.protos.errors import RunFailed
 
 log = logging.getLogger("headwater")
-
-ALONE_S = 10.0
-"""After the last worker has left in order, for the server to say that the run is over."""
 
 LEAVE_TIMEOUT_S = 3.0
 """For workers to finish what they have in hand."""
@@ -48,8 +44,7 @@ class Crew:
         logs: Path,
     ) -> None:
         self._children: list[Child] = []
-        self._left_time: float | None = None
-        self._failed: list[Child] = []  # in the order in which it was seen
+        self._endings = Endings(self._children, log.warning)
         logs.mkdir(exist_ok=True)
         with contextlib.ExitStack() as opened:
             opened.callback(self._end)
@@ -85,18 +80,8 @@ class Crew:
             all were told to leave a while ago. At every look from then on: who gets by
             without them now may not later.
         """
-        is_over = all(child.status is not None for child in self._children)
-        for child in self._children:
-            if child.status not in (None, 0) and child not in self._failed:
-                self._failed.append(child)
-                if not is_over:
-                    log.warning("%s %s; the others go on", child.name, child.ending)
-        if is_over and self._failed:
-            raise failure(self._failed[-1])
-        if is_over:
-            self._left_time = self._left_time or time.monotonic()
-            if time.monotonic() - self._left_time > ALONE_S:
-                raise RunFailed("no worker is left: all of them were told to leave the run")
+        if error := self._endings.look():
+            raise error
 
     def _end(self) -> None:
         # Those that the server has sent away are on their way out.

@@ -20,6 +20,7 @@ from typing import Any
 
 from headwater.client import show
 from headwater.client.client import Client
+from headwater.client.endings import Endings
 from headwater.client.interrupts import Interrupts, Stopped
 from headwater.client.processes import (
     Child,
@@ -31,6 +32,7 @@ from headwater.client.processes import (
 )
 from headwater.client.progress import Display
 from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
+from headwater.client.status import OVER
 from headwater.protos.command import RUN_ID_ENV, TASK_ENV, new_run_id
 from headwater.protos.errors import HeadwaterError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
@@ -208,11 +210,18 @@ class Training:
         *,
         evaluates: bool,
     ) -> None:
-        """Show how it goes until the server has ended."""
+        """Show how it goes until the server has ended.
+
+        Raises:
+          HeadwaterError: No worker is left, and the run is not over.
+        """
         evaluator: Child | None = None
-        gone: set[str] = set()
+        endings, others = Endings(workers, self._warn), False
+        ours = {child.name for child in workers}
         with Client(address) as client:
             while server.status is None:
+                # Looked for before the server is asked: workers also leave a run that ends.
+                error, status = endings.look(others=others), None
                 with contextlib.suppress(HeadwaterError):  # it may be ending
                     status = client.status(watches=True)
                     self.display.show(status)
@@ -221,7 +230,13 @@ class Training:
                         evaluator = self._start_evaluator(address, share, logs)
                     if evaluator and evaluator.status and status["state"] == "finished":
                         server.send(signal.SIGTERM)  # the evaluation will not come
-                self._mind(workers, gone, server)
+                    others = any(worker["name"] not in ours for worker in status["workers"])
+                goes_on = status["state"] not in OVER if status else endings.long_alone
+                if error is not None and server.status is None:
+                    if goes_on:
+                        self._stop_in_order()
+                        raise error
+                    endings.tell()
                 time.sleep(POLL_S)
 
     def _start_evaluator(self, address: str, share: Mapping[str, str], logs: Path) -> Child:
@@ -239,20 +254,6 @@ class Training:
             if problem not in self._said:
                 self._said.add(problem)
                 self.display.say(f"warning: {problem}")
-
-    def _mind(self, workers: list[Child], gone: set[str], server: Child) -> None:
-        """Warn of workers that ended early; end a run that has none left."""
-        for child in workers:
-            if child.status not in (None, 0) and child.name not in gone:
-                gone.add(child.name)
-                if any(worker.status is None for worker in workers):
-                    self.display.say(f"warning: {child.name} {child.ending}; the others go on")
-                elif len(gone) < len(workers):
-                    self.display.say(f"warning: {child.name} {child.ending}")
-                elif server.status is None:
-                    error = failure(child)
-                    self._stop_in_order()
-                    raise error
 
     def _stop_in_order(self) -> None:
         """End everything within 5 s: the server first, so that it keeps the weights."""

@@ -12,6 +12,9 @@ Status = dict[str, Any]
 """Keyed by the fields of `StatusReply` in parameter_server.proto, where each is
 explained; the stamp's three stand beside them. A value that is not known is None."""
 
+OVER = ("finished", "failed", "stopping")
+"""States after which nothing changes any more."""
+
 
 def as_dict(reply: pb.StatusReply) -> Status:
     """The reply with enums as lower-case words, such as state "training"."""

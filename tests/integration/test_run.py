@@ -540,6 +540,19 @@ def test_when_all_workers_are_killed_the_run_fails_and_the_weights_are_kept(fold
     assert_kept(folder)
 
 
+def test_when_the_last_worker_is_killed_after_one_was_evicted_the_run_fails(folder: Path) -> None:
+    with started(folder) as it:
+        it.wait_until_training()
+        wait_for(lambda: len(it.workers()) == 2, "two workers are there", 30, it.state)
+        last = psutil.Process(it.workers()["worker-2"]["pid"])
+        assert run("evict", "worker-1", "--server", it.address, cwd=folder).status == 0
+        wait_for(lambda: len(it.descendants()) == 2, "it leaves", 10, it.state)
+        last.kill()
+        assert it.command.wait(10) == 1, it.state()
+        assert it.command.errors == "headwater: error: worker-2 was ended by SIGKILL\n"
+    assert_kept(folder)
+
+
 def kill_workers(it: Started) -> None:
     wait_for(lambda: len(it.workers()) == 2, "two workers are there", 30, it.state)
     for worker in it.workers().values():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from headwater.client import crew as module
+from headwater.client import endings
 from headwater.client.crew import Crew
 from headwater.protos.errors import RunFailed
 
@@ -80,7 +81,7 @@ def test_workers_that_were_sent_away_have_not_failed_but_do_not_come_back(
     crew.look()
 
     assert caplog.record_tuples == []
-    monkeypatch.setattr(module, "ALONE_S", 0.0)
+    monkeypatch.setattr(endings, "ALONE_S", 0.0)
     for _ in range(3):
         with pytest.raises(RunFailed, match="no worker is left: all of them were told to leave"):
             crew.look()
