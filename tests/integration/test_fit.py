@@ -23,8 +23,10 @@ import psutil
 import pytest
 
 from headwater import ArrayData, Task, fit
-from headwater.protos.errors import RunFailed, UsageError
+from headwater.protos import files
+from headwater.protos.errors import HeadwaterError, RunFailed, UsageError
 from kit import counting
+from kit.disk import FaultyDisk, set_faults
 from kit.waiting import wait_for
 
 TOLD_TO_END_S = 5.0
@@ -248,6 +250,24 @@ def test_without_workers_an_exception_goes_through_as_it_is(where: str, tmp_path
 
     assert traceback.extract_tb(raised.tb)[-1].name == "guilty"
     assert_left_as_it_was(before)
+
+
+def test_weights_of_an_earlier_version_are_not_passed_off_as_the_final_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when a run that was continued has ended."""
+    task, run_dir = quadratic(evaluate=None), tmp_path / "run"
+    control = tmp_path / "faults.json"
+    monkeypatch.setattr(files, "DISK", FaultyDisk(control))
+    assert fit(task, 0, run_dir=run_dir, epochs=1, quiet=True).weights.version == 8
+    set_faults(control, {"operation": "create", "files": "weights.safetensors*", "error": "ENOSPC"})
+
+    with pytest.raises(HeadwaterError, match=r"has version 8 .* ended at version 16: ") as raised:
+        fit(task, 0, run_dir=run_dir, epochs=2, quiet=True)
+
+    assert f"{run_dir / f'snapshot-{16:020}.safetensors'}: make room, " in str(raised.value)
+    set_faults(control)
+    assert fit(task, 0, run_dir=run_dir, epochs=2, quiet=True).weights.version == 16
 
 
 def test_without_workers_a_run_that_fails_says_why(tmp_path: Path) -> None:
