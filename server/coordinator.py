@@ -180,6 +180,7 @@ class Coordinator:
         """The ticket of a push that begins; None when it was answered with a refusal."""
         ticket = self.tickets.outstanding(member, push.token)
         if ticket is None or push.incarnation != self.run.current.incarnation:
+            member.came_late(push)
             self._not_wanted(member, push.token)
             return None
         if push.base != ticket.base:
@@ -292,8 +293,9 @@ class Coordinator:
             member.hung = True
             self.tickets.withdraw(member, released)
             log.warning(
-                "%s: no progress on %s; taken back", member.name, run.rounds.name(ticket.position)
-            )
+                "%s: no progress on %s; taken back; raise --ticket-timeout where one gradient "
+                "takes that long", member.name, run.rounds.name(ticket.position),
+            )  # fmt: skip
         self.tickets.pulse()
         self._pump()
 

@@ -24,6 +24,9 @@ FIRST_RESERVE = 8
 MAX_RESERVE = 8
 """More would keep batches that were refused from those who have yet to try them."""
 
+KEPT_STEPS = 200
+"""Of a worker's last steps, whose times decide how long a ticket may take."""
+
 SORTED_SHARE = 10
 """A worker's times are sorted again when a tenth of them is new."""
 
@@ -40,7 +43,7 @@ class StepTimes:
     """Seconds that a worker's last steps took, and how they lie, as of a moment ago."""
 
     def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=200)
+        self._last: deque[float] = deque(maxlen=KEPT_STEPS)
         self._unsorted = 0
         self.p99 = 0.0
         self.median = 0.0
@@ -53,10 +56,18 @@ class StepTimes:
         self._unsorted += len(seconds)
         # Sorting them for each would take longer than issuing the ticket.
         if self._unsorted > len(self._last) // SORTED_SHARE:
-            self._unsorted = 0
-            ranked = sorted(self._last)
-            self.p99 = ranked[math.ceil(0.99 * len(ranked)) - 1]
-            self.median = statistics.median(ranked)
+            self._sort()
+
+    def add_slowest(self, seconds: float) -> None:
+        """Have `p99` be no less than this at once, until as many steps as are kept were added."""
+        self._last.extend([seconds] * (1 + KEPT_STEPS // 100))
+        self._sort()
+
+    def _sort(self) -> None:
+        self._unsorted = 0
+        ranked = sorted(self._last)
+        self.p99 = ranked[math.ceil(0.99 * len(ranked)) - 1]
+        self.median = statistics.median(ranked)
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,6 +104,15 @@ class Member:
     def deadline_s(self, least_s: float) -> float:
         """Seconds a ticket of this worker may go without progress."""
         return max(least_s, 10 * self.steps_s.p99)
+
+    def came_late(self, push: pb.Push) -> None:
+        """Its ticket is out no more: give the next as long as the worker says that it took.
+
+        A deadline that one gradient outlasts would have it computed without end.
+        """
+        step_s = push.load_s + push.compute_s
+        if math.isfinite(step_s) and step_s > self.steps_s.p99:
+            self.steps_s.add_slowest(step_s)
 
     def reserve(self, lease_s: float) -> int:
         """Tickets' worth of batches to reserve for it: what it computes in about `lease_s`."""

@@ -464,6 +464,21 @@ def test_a_ticket_without_progress_is_taken_back_and_one_with_progress_is_not(st
     assert run.count() == [1.0] * EXAMPLES
 
 
+def test_a_gradient_that_outlasts_its_ticket_is_given_the_time_when_it_is_computed_again(
+    start, caplog
+) -> None:
+    run = start(ticket_timeout_s=0.3)
+    slow = run.joined("slow")
+    ticket = slow.ticket()
+    wait_for(lambda: run.state_of(slow) == "hung", "the ticket expires")
+    assert "raise --ticket-timeout where one gradient takes that long" in caplog.text
+
+    slow.push(ticket, load_s=2.0, compute_s=5.0)
+
+    assert slow.outcome().code == pb.OUTCOME_LEASE_LOST
+    assert slow.ticket().deadline_s == 70.0
+
+
 def test_a_hung_worker_is_told_which_leases_it_has_lost(start) -> None:
     run = start(ticket_timeout_s=0.3)
     hung = run.joined()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,6 +229,30 @@ def test_only_the_last_200_steps_count() -> None:
     alice.steps_s.add(*([1000.0] * 10 + [10.0] * 200))
 
     assert alice.deadline_s(60.0) == 100.0
+
+
+@pytest.mark.parametrize("before", [0, 1, 50, 100, 101, 200])
+def test_a_gradient_that_came_too_late_would_not_a_second_time(before: int) -> None:
+    alice = join(Roster())
+    alice.steps_s.add(*[1.0] * before)
+
+    alice.came_late(pb.Push(load_s=10.0, compute_s=90.0))
+
+    assert alice.deadline_s(60.0) == 1000.0
+    alice.steps_s.add(*[1.0] * 200)
+    assert alice.deadline_s(60.0) == 60.0
+
+
+@pytest.mark.parametrize("seconds", [math.inf, -math.inf, math.nan, -1.0, 0.0, 20.0])
+def test_a_late_gradient_with_times_that_ask_for_nothing_changes_no_deadline(
+    seconds: float,
+) -> None:
+    alice = join(Roster())
+    alice.steps_s.add(20.0)
+
+    alice.came_late(pb.Push(compute_s=seconds))
+
+    assert alice.deadline_s(60.0) == 200.0
 
 
 @pytest.mark.parametrize(
