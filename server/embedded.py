@@ -122,10 +122,21 @@ class Server:
     async def _run(self) -> None:
         try:
             self._loop = asyncio.get_running_loop()
-            self._serving = Serving(self._prepared, self._pace)
+            self._serving = self._begin()
             self._ended.set_result(await self._serving.run(self._ready.set_result))
         except BaseException as error:
+            has_started = self._ready.done()
+            if not has_started:
+                self._prepared.run_dir.close()  # before it is told: there will be no `stop`
             for future in (self._ready, self._ended):
                 if not future.done():
                     future.set_exception(error)
+            if has_started:
+                raise  # else `__enter__` does
+
+    def _begin(self) -> Serving:
+        try:
+            return Serving(self._prepared, self._pace)
+        except BaseException:
+            self._prepared.close()
             raise

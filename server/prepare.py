@@ -86,6 +86,13 @@ class Prepared:
             self.log.sync()
         _save(self.snapshots, self.identity, self.optimizer_text, published, self.rounds)
 
+    def close(self) -> None:
+        """Let go of the run, which nobody has begun to serve."""
+        self.history.close()
+        if self.log is not None:
+            self.log.abandon()
+        self.run_dir.close()
+
 
 def prepare(loaded: LoadedTask, config: ServerConfig) -> Prepared:
     """Begin a run in a new directory, or continue the one that the directory holds.

@@ -84,6 +84,7 @@ class Serving:
         self._prepared = prepared
         self._stopping = asyncio.Event()
         self._done: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        evaluation = None if prepared.evaluation is None else _report(prepared.evaluation)
         layout = prepared.store.layout
         door = open_door(prepared.config.transport)
         packed = PackedVersions(layout.moving, prepared.config.pulls)
@@ -109,6 +110,10 @@ class Serving:
             starts=prepared.starts,
         )
         self.run_state.evaluations.needs_optimizer_state = self._evaluated.differs
+        self.run_state.evaluations.newest = evaluation
+        for number, warning in enumerate(prepared.warnings):
+            self.run_state.problems[f"recovery-{number}"] = warning
+        # Last, because it starts threads: what fails here comes before them.
         self._coordinator = Coordinator(
             self.run_state,
             prepared.store,
@@ -118,10 +123,6 @@ class Serving:
         )
         self._updates = self._coordinator.updates
         self._saver = Saver(self.run_state, self._updates, prepared)
-        for number, warning in enumerate(prepared.warnings):
-            self.run_state.problems[f"recovery-{number}"] = warning
-        if prepared.evaluation is not None:
-            self.run_state.evaluations.newest = _report(prepared.evaluation)
 
     async def stopping(self) -> None:
         """Returns when the server was told to end."""
@@ -156,6 +157,7 @@ class Serving:
         try:
             port = server.add_insecure_port(config.listen)
         except RuntimeError:
+            self._ways.close()
             self._close_applier()
             raise PortTaken(config.listen) from None
         for name in ("", rpc.SERVICE_NAME):
