@@ -34,7 +34,7 @@ from headwater.client.progress import Display
 from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
 from headwater.client.status import OVER
 from headwater.protos.command import RUN_ID_ENV, TASK_ENV, new_run_id
-from headwater.protos.errors import HeadwaterError
+from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
 
 POLL_S = 0.25
@@ -299,12 +299,26 @@ class Training:
 
         The default port may be taken, say by another run; a port that was asked
         for may not.
+
+        Raises:
+          UsageError: It is not HOST:PORT, or its host is not this machine.
         """
+        if self.server_options[-1:] == ["--listen"]:
+            raise UsageError(
+                f"--listen takes HOST:PORT such as {DEFAULT_ADDRESS}, and has no value"
+            )
         asked = _option(self.server_options, "--listen")
-        host, port = split_address(asked or DEFAULT_ADDRESS, "--listen")
+        host, port = split_address(DEFAULT_ADDRESS if asked is None else asked, "--listen")
         listen = join_address(host, port)
         if port == 0:
-            listen = free_address(host)
+            try:
+                listen = free_address(host)
+            except OSError as error:
+                raise UsageError(
+                    f"--listen {listen}: {host} is not an address of this machine "
+                    f"({error.strerror}); leave --listen out, or name one of its own, such as "
+                    "127.0.0.1:0"
+                ) from None
         elif asked is None and not is_free(host, port):
             listen = free_address(host)
             self.display.say(f"{DEFAULT_ADDRESS} is in use; this run is at {listen}")

@@ -15,8 +15,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -73,16 +73,22 @@ def run(app: typer.Typer, prog: str) -> NoReturn:
     Errors are one line on stderr, and the user's own traceback where there is one.
     """
     _log_to_stderr(prog)
-    status = _status_of(app, prog)
-    try:
+    with contextlib.ExitStack() as noting:
+        outputs = []
         if sys.stdout is not None:  # None where it was closed from the start
+            outputs.append(noting.enter_context(contextlib.redirect_stdout(_Noting(sys.stdout))))
+        if sys.stderr is not None:
+            outputs.append(noting.enter_context(contextlib.redirect_stderr(_Noting(sys.stderr))))
+        status = _status_of(app, prog, outputs)
+    try:
+        if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
         status = _unwritten(prog, error)
     sys.exit(status)
 
 
-def _status_of(app: typer.Typer, prog: str) -> int:
+def _status_of(app: typer.Typer, prog: str, outputs: Sequence[_Noting]) -> int:
     try:
         status = typer.main.get_command(app).main(prog_name=prog, standalone_mode=False)
     except typer.TyperException as error:
@@ -92,15 +98,55 @@ def _status_of(app: typer.Typer, prog: str) -> int:
     except HeadwaterError as error:
         return _fail(prog, str(error), error.exit_status)
     except OSError as error:
-        return _unwritten(prog, error)
+        return _of_the_system(prog, error, outputs)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as end:
-        # How typer ends a command whose reader has gone.
+        # How typer ends a command that a pipe was broken to.
         if not isinstance(end.__context__, BrokenPipeError):
             raise
-        return _unwritten(prog, end.__context__)
+        return _of_the_system(prog, end.__context__, outputs)
     return status if isinstance(status, int) else 0
+
+
+class _Noting:
+    """A standard stream that keeps the error for which it could not be written.
+
+    Another OSError, say of a folder that cannot be made, must not be taken for one.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._noted():
+            return self._stream.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        with self._noted():
+            self._stream.writelines(lines)
+
+    def flush(self) -> None:
+        with self._noted():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _of_the_system(prog: str, error: OSError, outputs: Sequence[_Noting]) -> int:
+    if any(output.error is error for output in outputs):
+        return _unwritten(prog, error)
+    return _fail(prog, str(error), 1)
 
 
 def _unwritten(prog: str, error: OSError) -> int:

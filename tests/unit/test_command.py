@@ -223,24 +223,29 @@ PRINTS = """
 """
 
 
-def status_when_nobody_reads(lines: int) -> tuple[int, str]:
-    """Exit status and stderr of a command whose stdout is closed at the other end."""
+def status_of_prints(lines: int, stdout: int) -> tuple[int, str]:
+    """Exit status and stderr of a command that prints so many lines to a descriptor."""
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(  # noqa: S603  (our own text)
+        [sys.executable, "-c", textwrap.dedent(PRINTS), str(lines)],
+        env=buffered,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def status_when_nobody_reads(lines: int) -> tuple[int, str]:
+    """The same of one whose stdout is closed at the other end."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = subprocess.run(  # noqa: S603  (our own text)
-            [sys.executable, "-c", textwrap.dedent(PRINTS), str(lines)],
-            env=buffered,
-            stdout=writer,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return status_of_prints(lines, writer)
     finally:
         os.close(writer)
-    return done.returncode, done.stderr
 
 
 def test_a_reader_that_has_had_enough_is_no_error() -> None:
@@ -249,6 +254,38 @@ def test_a_reader_that_has_had_enough_is_no_error() -> None:
 
 def test_a_reader_that_leaves_in_the_middle_is_no_error() -> None:
     assert status_when_nobody_reads(lines=10_000) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "runs/a"), "runs/a"),
+        (BrokenPipeError(32, "Broken pipe"), "Broken pipe"),  # a process of ours, say
+    ],
+)
+def test_an_error_of_the_system_is_not_said_to_be_one_of_the_output(
+    error: OSError,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert status_of(raising(error), monkeypatch) == 1
+
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", f"headwater test: error: {error}\n")
+    assert message in err
+
+
+@pytest.mark.parametrize("lines", [3, 10_000])
+def test_an_output_that_cannot_be_written_is_said_to_be_so(lines: int) -> None:
+    with Path("/dev/full").open("wb") as full:
+        status, errors = status_of_prints(lines, full.fileno())
+
+    assert status == 1
+    assert errors == (
+        "headwater test: error: the output could not be written: "
+        "[Errno 28] No space left on device\n"
+    )
 
 
 # ------------------------------------------------------------- its parent's pipes

@@ -15,7 +15,7 @@ from headwater.client import run as module
 from headwater.client.progress import Display, Screen
 from headwater.client.run import Training, print_result
 from headwater.protos import plain_json
-from headwater.protos.errors import HeadwaterError, RunFailed, Unreachable
+from headwater.protos.errors import HeadwaterError, RunFailed, Unreachable, UsageError
 
 END: dict[str, Any] = {
     "kind": "end",
@@ -189,3 +189,27 @@ def test_while_workers_of_elsewhere_train_the_run_goes_on(monkeypatch: pytest.Mo
     life.follow()
 
     assert life.said == ["warning: a failed: a is broken; the others go on"]
+
+
+# ------------------------------------------------------------------ where the server listens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--listen", "nosuchhost.invalid:0"],
+            r"^--listen (\S+):0: \1 is not an address of this machine \(.+\); leave --listen out, ",
+        ),
+        (["--epochs", "2", "--listen"], r"^--listen takes HOST:PORT .*, and has no value$"),
+        (["--listen="], r"^--listen takes HOST:PORT such as 127\.0\.0\.1:50051, not ''$"),
+    ],
+    ids=["another machine", "no value", "an empty one"],
+)
+def test_an_address_that_cannot_be_listened_at_is_refused_before_anything_starts(
+    options: list[str], message: str
+) -> None:
+    training = Training(task="", workers=1, platform=None, server_options=options)
+
+    with pytest.raises(UsageError, match=message):
+        training._choose_address()
