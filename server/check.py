@@ -79,24 +79,19 @@ def check_task(loaded: LoadedTask, devices: Devices = ()) -> Report:
     import jax
     import numpy as np
 
-    from headwater.server.optimizer import check, resolve
-    from headwater.server.order import BatchOrder
+    from headwater.server.config import ServerConfig
+    from headwater.server.dial import Dial
+    from headwater.server.optimizer import check
+    from headwater.server.plan import optimizer_of, rounds_of
     from headwater.server.store import NotFinite, Store, initial
     from headwater.worker.data import batch_rng
     from headwater.worker.evaluate import evaluated_by
     from headwater.worker.local_steps import gradient_of_one
 
     task = loaded.task
-    identity = loaded.identity()
-    order = BatchOrder(
-        example_count=identity.example_count,
-        batch_size=task.batch_size,
-        epochs=task.epochs,
-        seed=task.seed,
-        shuffle=task.shuffle,
-        remainder=task.remainder,
-    )
-    optimizer = resolve(task.optimizer, order.total)
+    rounds = rounds_of(task, ServerConfig())
+    order = rounds.order
+    optimizer = optimizer_of(task, None, None, rounds.updates(Dial()))
     tree = task.tree
     made, init_s = _timed(lambda: task.init(jax.random.key(task.seed)))
     tree.check(made)
@@ -192,16 +187,21 @@ def _median(call: Callable[[], T]) -> tuple[T, float]:
 
 def lines(report: Report) -> list[str]:
     """The report for people."""
+    from headwater.worker.data import ENDLESS_BATCHES
+
     wide = max(map(len, report.tensors))
     updates = report.batches_per_epoch * report.epochs
     batch = ", ".join(f"{name} {what}" for name, what in report.batch.items())
     figures = {"loss": report.loss, **report.training_metrics}
     model = f"{report.parameters:,} parameters in {len(report.tensors)} tensors"
     epoch = f"{report.batches_per_epoch:,} batches of {report.batch_size} an epoch"
+    run = f"{report.examples:,} examples, {epoch}, {updates:,} updates in {report.epochs} epochs"
+    if report.batches_per_epoch >= ENDLESS_BATCHES:
+        run = f"batches of {report.batch_size}, made without end"
     found = [
         f"{report.task}: {model}, {report.gradient_bytes:,} bytes a gradient",
         *(f"  {name:{wide}}  {what}" for name, what in report.tensors.items()),
-        f"{report.examples:,} examples, {epoch}, {updates:,} updates in {report.epochs} epochs",
+        run,
         f"init      {report.init_s:8.3f} s",
         f"batch     {report.load_s * 1e3:8.2f} ms  {batch}",
         f"compile   {report.compile_s:8.3f} s   on {_place(report)}",

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from headwater import ArrayData, Task
+from headwater import ArrayData, Generated, Task
 from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.protos.layout import LayoutError
 from headwater.server.check import Report, check_task, lines
@@ -162,6 +162,30 @@ def test_a_batch_that_is_one_array_is_called_batch() -> None:
         data=Bare(), loss=lambda params, batch, key: (batch @ params["w"]).mean() + params["b"]
     )
     assert report.batch == {"batch": "float32[4, 2]"}
+
+
+MADE: dict[str, Any] = {
+    "data": Generated(lambda params, key: {"x": jax.random.normal(key, (4, 2))}),
+    "shuffle": True,
+}
+"""Batches without end."""
+
+
+def test_batches_that_are_made_without_end_can_be_checked() -> None:
+    report = check(**MADE)
+
+    assert report.loss == 1.0
+    assert lines(report)[3] == "batches of 4, made without end"
+
+
+def test_a_schedule_over_all_updates_needs_an_end_as_it_does_in_a_server() -> None:
+    schedule = "sgd(cosine_decay_schedule(0.1, total_updates))"
+
+    with pytest.raises(SpecError, match="this run has no end: give Generated its batches_per"):
+        check(**MADE, optimizer=schedule)
+
+    made = Generated(MADE["data"].make, batches_per_epoch=7)
+    assert check(data=made, optimizer=schedule, shuffle=True).batches_per_epoch == 7
 
 
 def test_the_same_task_can_be_checked_again_with_the_same_figures() -> None:
