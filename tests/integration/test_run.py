@@ -540,16 +540,18 @@ def test_when_all_workers_are_killed_the_run_fails_and_the_weights_are_kept(fold
     assert_kept(folder)
 
 
-def test_when_the_last_worker_is_killed_after_one_was_evicted_the_run_fails(folder: Path) -> None:
+def test_when_the_last_worker_is_killed_after_one_has_left_the_run_fails(folder: Path) -> None:
     with started(folder) as it:
         it.wait_until_training()
         wait_for(lambda: len(it.workers()) == 2, "two workers are there", 30, it.state)
         last = psutil.Process(it.workers()["worker-2"]["pid"])
-        assert run("evict", "worker-1", "--server", it.address, cwd=folder).status == 0
-        wait_for(lambda: len(it.descendants()) == 2, "it leaves", 10, it.state)
+        first = psutil.Process(it.workers()["worker-1"]["pid"])
+        first.terminate()
+        wait_for(lambda: not alive([first]), "it leaves in order", 10, it.state)
         last.kill()
         assert it.command.wait(10) == 1, it.state()
         assert it.command.errors == "headwater: error: worker-2 was ended by SIGKILL\n"
+        assert "warning" not in it.command.output
     assert_kept(folder)
 
 
