@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 from headwater.client.gpus import deal, find_gpus
 from headwater.client.processes import core_count
+from headwater.protos.reproducible import fix
 
 
 def share_of_cores(workers: int, *, in_sync: bool) -> dict[str, str]:
-    """Of a server and so many workers, for each."""
-    if "NPROC" in os.environ:
-        return {}
-    # In sync mode the number of workers must not show in the bits.
-    return {"NPROC": str(1 if in_sync else max(1, core_count() // (workers + 1)))}
+    """Of a server and so many workers, for each; what is set by hand stays."""
+    share = {name: os.environ[name] for name in ("NPROC", "XLA_FLAGS") if name in os.environ}
+    if in_sync:
+        fix(share)  # the number of workers must not show in the bits
+    share.setdefault("NPROC", str(max(1, core_count() // (workers + 1))))
+    return share
 
 
 def shares_of_gpus(

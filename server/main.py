@@ -17,10 +17,10 @@ import typer
 from headwater.protos import command
 from headwater.protos import parameter_server_pb2 as pb
 from headwater.protos.errors import RunFailed, UsageError
+from headwater.protos.reproducible import fix
 from headwater.protos.rpc import DEFAULT_ADDRESS
 from headwater.server import failpoints
 from headwater.server.config import ServerConfig
-from headwater.worker import compute
 from headwater.worker.options import TaskOptions, TransportOption
 from headwater.worker.platform import use_platform
 
@@ -254,7 +254,7 @@ def server(
     )
     # The gradients' owners are elsewhere: a GPU here is better left to a worker.
     if (consistency or _recorded_consistency(run_dir)).startswith("sync"):
-        compute.fix(os.environ)
+        fix(os.environ)
     use_platform(platform)
     failpoints.arm(os.environ.get(failpoints.ENV, ""))
     from headwater.server.prepare import PortTaken, prepare

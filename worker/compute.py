@@ -1,4 +1,4 @@
-"""What decides the bits of a gradient beside the task: its fingerprint, and how to fix it.
+"""What decides the bits of a gradient beside the task: its fingerprint.
 
 Sync mode promises the same weights whatever computes them, and refuses a worker
 whose fingerprint is another than the run's.
@@ -8,28 +8,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-SYNC_THREADS = "1"
-"""Threads of XLA on a CPU in sync mode: how many there are changes how larger sums are split."""
-
-_DETERMINISTIC = "--xla_gpu_deterministic_ops"
-
-
-def fix(environment: MutableMapping[str, str]) -> None:
-    """Have JAX compute the same bits everywhere; before it is first used. Keeps what is set."""
-    environment.setdefault("NPROC", SYNC_THREADS)
-    flags = environment.get("XLA_FLAGS", "")
-    if _DETERMINISTIC not in flags:
-        environment["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}=true".strip()
-
-
-def is_fixed(environment: Mapping[str, str]) -> bool:
-    """Whether `fix` was called, or the user asked for deterministic operations."""
-    return f"{_DETERMINISTIC}=true" in environment.get("XLA_FLAGS", "")
 
 
 def fingerprint(devices: int = 1) -> Mapping[str, str]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headwater.protos import command
+from headwater.protos.reproducible import fix
 from headwater.protos.rpc import DEFAULT_ADDRESS
-from headwater.worker import compute
 from headwater.worker.link import Patience, consistency_of
 from headwater.worker.options import (
     DevicesOption,
@@ -48,9 +48,9 @@ def worker(
     """Compute gradients for a server. Ctrl-C or SIGTERM finishes the one in hand and leaves."""
     check_devices(devices)
     patience = Patience(server, connect_timeout)
-    # Before JAX starts its threads, and reads its flags: NPROC alone, which `run` sets, is not all.
-    if not compute.is_fixed(os.environ) and consistency_of(server, patience).startswith("sync"):
-        compute.fix(os.environ)
+    # Before JAX starts its threads. Who sets NPROC, as `run` does, has seen to the rest as well.
+    if "NPROC" not in os.environ and consistency_of(server, patience).startswith("sync"):
+        fix(os.environ)
     choose_platform(platform)
     from headwater.worker.load import load_task_on
     from headwater.worker.loop import Worker

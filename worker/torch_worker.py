@@ -34,7 +34,7 @@ except ModuleNotFoundError:
 
 from headwater.protos.errors import UsageError
 from headwater.protos.layout import PARAMETER, STATE
-from headwater.worker import compute
+from headwater.protos.reproducible import is_fixed
 from headwater.worker.backend import AbstractBackend
 from headwater.worker.data import Generated
 from headwater.worker.mapping import Place, TensorMapping, placed, served_as
@@ -191,7 +191,7 @@ class TorchBackend(AbstractBackend):
         jax.config.update("jax_default_device", jax.local_devices(backend="cpu")[0])
         if (threads := os.environ.get("NPROC", "")).isdecimal() and int(threads):
             torch.set_num_threads(int(threads))
-        if compute.is_fixed(os.environ):
+        if is_fixed(os.environ):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which is not read before
             torch.use_deterministic_algorithms(True)
         self._device = torch.device("cuda" if platform == "gpu" else "cpu")
