@@ -32,7 +32,7 @@ from headwater.client.processes import (
 )
 from headwater.client.progress import Display
 from headwater.client.shares import devices_option, share_of_cores, shares_of_gpus
-from headwater.client.status import OVER
+from headwater.client.status import OF_SESSIONS, OVER
 from headwater.protos.command import RUN_ID_ENV, TASK_ENV, new_run_id
 from headwater.protos.errors import HeadwaterError, UsageError
 from headwater.protos.rpc import DEFAULT_ADDRESS, join_address, split_address
@@ -230,7 +230,10 @@ class Training:
                         evaluator = self._start_evaluator(address, share, logs)
                     if evaluator and evaluator.status and status["state"] == "finished":
                         server.send(signal.SIGTERM)  # the evaluation will not come
-                    others = any(worker["name"] not in ours for worker in status["workers"])
+                    others = any(
+                        worker["name"] not in ours and worker["state"] not in OF_SESSIONS
+                        for worker in status["workers"]
+                    )
                 goes_on = status["state"] not in OVER if status else endings.long_alone
                 if error is not None and server.status is None:
                     if goes_on:

@@ -15,6 +15,9 @@ explained; the stamp's three stand beside them. A value that is not known is Non
 OVER = ("finished", "failed", "stopping")
 """States after which nothing changes any more."""
 
+OF_SESSIONS = ("session", "pushing")
+"""States of push sessions, which stand among the workers and take no batches."""
+
 
 def as_dict(reply: pb.StatusReply) -> Status:
     """The reply with enums as lower-case words, such as state "training"."""

@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from headwater.client.client import Client
+from headwater.client.status import OF_SESSIONS
 from headwater.client.weights import Weights
 from headwater.protos.errors import HeadwaterError, RunFailed, UsageError
 from headwater.server.embedded import Server
@@ -29,9 +30,6 @@ POLL_S = 0.005
 
 LOOK_S = 0.5
 """Between two looks at whether all are well."""
-
-_OF_SESSIONS = ("session", "pushing")
-"""States that push sessions have in the status, and no workers; see server/pushers.py."""
 
 
 class Steps:
@@ -210,7 +208,7 @@ class Steps:
     def _others_compute(self) -> bool:
         """Whether there are workers from elsewhere; a push session takes no batches."""
         return any(
-            worker["state"] not in _OF_SESSIONS for worker in self._client.status()["workers"]
+            worker["state"] not in OF_SESSIONS for worker in self._client.status()["workers"]
         )
 
 

@@ -74,6 +74,7 @@ class Life:
         self._steps: Iterator[tuple[Statuses, str]] = iter(steps)
         self._answer = ""
         self.elsewhere: list[str] = []
+        self.sessions: list[str] = []
         self.stopped = False
         children = {name: SimpleNamespace(name=name, status=None) for name in ("server", "a", "b")}
         for child in children.values():
@@ -101,7 +102,8 @@ class Life:
         if not self._answer:
             raise Unreachable("gone")
         running = [name for name in ("a", "b") if self._children[name].status is None]
-        workers = [{"name": name} for name in (*running, *self.elsewhere)]
+        workers = [{"name": name, "state": "computing"} for name in (*running, *self.elsewhere)]
+        workers += [{"name": name, "state": "pushing"} for name in self.sessions]
         return {"state": self._answer, "problems": [], "version": 1, "workers": workers}
 
     def follow(self) -> None:
@@ -189,6 +191,16 @@ def test_while_workers_of_elsewhere_train_the_run_goes_on(monkeypatch: pytest.Mo
     life.follow()
 
     assert life.said == ["warning: a failed: a is broken; the others go on"]
+
+
+def test_a_push_session_takes_no_batches_and_does_not_hold_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    life = Life(monkeypatch, ({}, "training"), *[({"a": 1, "b": 1}, "training")] * 3)
+    life.sessions = ["simulator"]
+
+    with pytest.raises(RunFailed, match=r"^b failed: b is broken$"):
+        life.follow()
 
 
 # ------------------------------------------------------------------ where the server listens
